@@ -1,1 +1,41 @@
-//! Pageferry.
+//! The demand-paging engine of Pageferry: a guest touches a granule that is not there, and this
+//! crate brings it.
+//!
+//! ```text
+//!  guest touches ── queue ─┐
+//!  an absent       signal ─┼─► PageMap.claim ─► source.request(span, urgency) ─► sink.page(span, bytes) ─► install ─► publish ─► wake
+//!  granule                 │        │ already requested: wait           ▲
+//!                          │        │ already present: re-enter         └── pushed pages (background sweep, prefetch)
+//! ```
+//!
+//! Start reading at [`Pager`]; the fault path is `fault.rs`, all of it on one screen.
+
+#![deny(unsafe_code)]
+
+mod background;
+mod choose;
+mod core;
+mod delivery;
+mod events;
+mod fault;
+mod gate;
+mod histogram;
+mod install;
+mod pager;
+mod pending;
+mod prefetch;
+mod settle;
+mod slot;
+mod source;
+mod staging;
+mod stats;
+mod views;
+
+pub use choose::Hints;
+pub use delivery::Delivery;
+pub use histogram::Latency;
+pub use install::InstallMethod;
+pub use pager::{Builder, Chosen, Events, Pager, StartError, Status};
+pub use prefetch::Prefetch;
+pub use source::{Completion, Fill, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
+pub use stats::{Counts, Statistics};

@@ -1,0 +1,483 @@
+//! What the parts of a running pager share, and the engine's end of a source: [`Core`] is the
+//! [`PageSink`].
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::*},
+    },
+    time::Duration,
+};
+
+use pageferry_memory::{GranuleRange, Layout, State};
+use pageferry_uffd::Wake;
+use rustix::thread::futex;
+
+use crate::{
+    Completion, Fill, PageSink, SinkError, SourceError, Span, Urgency,
+    delivery::signal::in_handler,
+    gate::{Gate, Inside},
+    install::{Data, InstallMethod, Progress, Target},
+    pending::{Pending, elapsed},
+    prefetch::Prefetcher,
+    slot::SourceSlot,
+    staging::{Movable, Staging},
+    stats::{Counter, Stats, Timed},
+};
+
+/// Called by an install that found the address space changing, outside the gate: returns when
+/// events may have been read.
+pub(crate) trait AddressSpaceChanging: Sync {
+    fn let_events_be_read(&self);
+}
+
+pub(crate) struct Core {
+    pub(crate) layout: Layout,
+    pub(crate) targets: Box<[Target]>,
+    pub(crate) gate: Gate,
+    pub(crate) source: SourceSlot,
+    pub(crate) stats: Stats,
+    pub(crate) pending: Pending,
+    pub(crate) prefetcher: Prefetcher,
+    pub(crate) staging: Staging,
+    pub(crate) movable: Option<Movable>,
+    /// Bumped whenever events were read and applied.
+    pub(crate) events_read: AtomicU32,
+    /// Bumped whenever a source is attached, lost, or the pager stops: what a thread without a
+    /// source waits on.
+    pub(crate) source_changed: AtomicU32,
+    pub(crate) stopping: AtomicBool,
+    /// A source was lost where nothing could be said about it.
+    pub(crate) lost_in_handler: AtomicBool,
+    pub(crate) health: Mutex<Health>,
+    pub(crate) from_source: AtomicU64,
+    pub(crate) poisoned_by_source: AtomicU64,
+}
+
+/// What went wrong last, for [`Pager::status`](crate::Pager::status).
+#[derive(Default)]
+pub(crate) struct Health {
+    pub(crate) lost: Option<String>,
+    pub(crate) refused: Option<String>,
+    pub(crate) abandoned: bool,
+    pub(crate) agreed: Option<Completion>,
+}
+
+impl Core {
+    pub(crate) fn target(&self, span: Span) -> Result<&Target, SinkError> {
+        let target =
+            self.targets.get(usize::from(span.region.get())).ok_or(SinkError::OutOfRange(span))?;
+        let granules = span.granules;
+        if granules.is_empty() || granules.end().get() > target.region.granules() {
+            return Err(SinkError::OutOfRange(span));
+        }
+        Ok(target)
+    }
+
+    pub(crate) fn health(&self) -> std::sync::MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Installs what `data` holds for `whole`, wherever it is still requested.
+    fn answer(
+        &self,
+        target: &Target,
+        whole: GranuleRange,
+        data: Data<'_>,
+        changing: &dyn AddressSpaceChanging,
+    ) -> Result<(), SinkError> {
+        let arrived = self.stats.now();
+        // Before the install: completion is noticed, and agreed upon, as soon as the last granule
+        // is published.
+        self.from_source.fetch_add(whole.count(), Relaxed);
+        self.install(target, whole, data, changing)?;
+        self.stats.mark_first_page();
+        self.account(target, whole, arrived);
+        Ok(())
+    }
+
+    /// Installs across address-space changes, and fails closed where the kernel refuses.
+    pub(crate) fn install(
+        &self,
+        target: &Target,
+        whole: GranuleRange,
+        data: Data<'_>,
+        changing: &dyn AddressSpaceChanging,
+    ) -> Result<(), SinkError> {
+        let mut rest = whole;
+        loop {
+            let progress = {
+                let inside = self.gate.install();
+                if let Data::Bytes(bytes) = data
+                    && target.method == InstallMethod::Continue
+                {
+                    self.continue_from(target, &inside, whole, rest, bytes)
+                } else {
+                    target.install(&inside, whole, rest, data, &self.stats)
+                }
+            };
+            match progress {
+                Progress::Done => return Ok(()),
+                Progress::Changing(at) => {
+                    if self.stopping.load(Acquire) {
+                        return Err(SinkError::Stopped);
+                    }
+                    rest = GranuleRange::new(at, whole.end().get() - at.get());
+                    changing.let_events_be_read();
+                }
+                Progress::Refused { at, why } => {
+                    let left = GranuleRange::new(at, whole.end().get() - at.get());
+                    let span = target.span(left);
+                    if !in_handler() {
+                        self.health().refused = Some(format!("{span}: {why}"));
+                    }
+                    self.poison_now(target, left, changing)?;
+                    return Err(SinkError::Install { span, why });
+                }
+            }
+        }
+    }
+
+    /// Copies bytes into the fill view, then maps them. Inside the gate, so that no removal comes
+    /// between; page by page of what is still requested.
+    fn continue_from(
+        &self,
+        target: &Target,
+        inside: &Inside<'_>,
+        whole: GranuleRange,
+        rest: GranuleRange,
+        bytes: &[u8],
+    ) -> Progress {
+        let map = target.region.page_map();
+        let shift = target.region.granule().shift();
+        let mut at = rest.first();
+        while at < rest.end() {
+            let left = GranuleRange::new(at, rest.end().get() - at.get());
+            let Some(run) = map
+                .next_run(State::Requested, at, left.count())
+                .and_then(|run| run.intersection(left))
+            else {
+                break;
+            };
+            let from = ((run.first().get() - whole.first().get()) << shift) as usize;
+            let len = (run.count() << shift) as usize;
+            let copied: Result<(), std::convert::Infallible> =
+                target.with_fill_bytes(run, |fill| {
+                    fill.copy_from_slice(&bytes[from..from + len]);
+                    Ok(())
+                });
+            let Ok(()) = copied;
+            match target.install(inside, run, run, Data::InPlace, &self.stats) {
+                Progress::Done => at = run.end(),
+                other => return other,
+            }
+        }
+        Progress::Done
+    }
+
+    /// Makes granules that have not come poisoned, in the map and in memory, and wakes whoever
+    /// waits for them.
+    pub(crate) fn poison_now(
+        &self,
+        target: &Target,
+        granules: GranuleRange,
+        changing: &dyn AddressSpaceChanging,
+    ) -> Result<(), SinkError> {
+        let map = target.region.page_map();
+        self.stats.add(Counter::poisoned, map.poison(granules));
+        let mut rest = granules;
+        loop {
+            let progress = target.mark_poisoned(&self.gate.install(), rest);
+            match progress {
+                Progress::Done => return Ok(()),
+                Progress::Changing(at) => {
+                    rest = GranuleRange::new(at, granules.end().get() - at.get());
+                    changing.let_events_be_read();
+                }
+                Progress::Refused { at, why } => {
+                    let left = GranuleRange::new(at, granules.end().get() - at.get());
+                    return Err(SinkError::Install { span: target.span(left), why });
+                }
+            }
+        }
+    }
+
+    /// Records the latencies of those granules that a thread waited for.
+    fn account(&self, target: &Target, granules: GranuleRange, arrived: u64) {
+        let now = self.stats.now();
+        for granule in granules.iter() {
+            if let Some(request) = self.pending.take(target.id, granule)
+                && request.urgency == Urgency::Demand
+            {
+                self.stats.time(Timed::Fetch, elapsed(request.at, arrived));
+                self.stats.time(Timed::Total, elapsed(request.at, now));
+            }
+        }
+    }
+
+    /// Whether bytes may be received straight into the fill view: nobody can take the granule
+    /// away meanwhile.
+    fn fills_in_place(&self, target: &Target, granules: GranuleRange) -> bool {
+        target.method == InstallMethod::Continue
+            && !self.gate.events_watched()
+            && target.region.page_map().next_run(
+                State::Requested,
+                granules.first(),
+                granules.count(),
+            ) == Some(granules)
+    }
+
+    /// [`PageSink::fill`], with the caller's way of letting events be read.
+    pub(crate) fn fill_with(
+        &self,
+        span: Span,
+        fill: &mut Fill<'_>,
+        changing: &dyn AddressSpaceChanging,
+    ) -> Result<(), SinkError> {
+        let target = self.target(span)?;
+        let granule = target.region.granule().bytes();
+        let mut rest = span.granules;
+        while !rest.is_empty() {
+            let most = (self.staging.buffer_len() / granule).max(1).min(rest.count());
+            let (piece, after) = rest.split_at(most);
+            let len = (piece.count() * granule) as usize;
+            if self.fills_in_place(target, piece) {
+                target.with_fill_bytes(piece, |bytes| fill(bytes))?;
+                self.answer(target, piece, Data::InPlace, changing)?;
+            } else if let Some(mut pages) = self.movable_pages(target, len) {
+                fill(&mut pages.bytes()[..len])?;
+                self.answer(target, piece, Data::Movable(&pages), changing)?;
+            } else {
+                let mut staged = self.staging.take();
+                let bytes = &mut staged.bytes()[..len];
+                fill(bytes)?;
+                self.answer(target, piece, Data::Bytes(bytes), changing)?;
+            }
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn movable_pages(
+        &self,
+        target: &Target,
+        len: usize,
+    ) -> Option<crate::staging::MovablePages<'_>> {
+        if target.method != InstallMethod::Move || len as u64 > Movable::BUFFER {
+            return None;
+        }
+        let pages = self.movable.as_ref().and_then(Movable::try_take);
+        if pages.is_none() {
+            self.stats.add(Counter::move_fallbacks, 1);
+        }
+        pages
+    }
+
+    pub(crate) fn page_with(
+        &self,
+        span: Span,
+        bytes: &[u8],
+        changing: &dyn AddressSpaceChanging,
+    ) -> Result<(), SinkError> {
+        let target = self.target(span)?;
+        let expected = span.granules.count() * target.region.granule().bytes();
+        if bytes.len() as u64 != expected {
+            return Err(SinkError::WrongLength { span, expected, got: bytes.len() as u64 });
+        }
+        self.answer(target, span.granules, Data::Bytes(bytes), changing)
+    }
+
+    pub(crate) fn zero_with(
+        &self,
+        span: Span,
+        changing: &dyn AddressSpaceChanging,
+    ) -> Result<(), SinkError> {
+        let target = self.target(span)?;
+        self.stats.add(Counter::zero, span.granules.count());
+        if target.zeropage && target.method != InstallMethod::Continue {
+            return self.answer(target, span.granules, Data::Zero, changing);
+        }
+        // CONTINUE needs a page in the page cache, and hugetlb has no zero page: bytes it is.
+        self.fill_with(
+            span,
+            &mut |bytes| {
+                bytes.fill(0);
+                Ok(())
+            },
+            changing,
+        )
+    }
+
+    /// A source of `generation` failed: the guest stalls, nothing is poisoned.
+    pub(crate) fn source_lost(&self, generation: u64, why: &SourceError) {
+        if self.source.lose(generation) {
+            if in_handler() {
+                // No allocation and no logging here; the background thread says it.
+                self.lost_in_handler.store(true, Release);
+            } else {
+                tracing::warn!("{why}; the guest stalls until another source is attached");
+                self.health().lost = Some(why.to_string());
+            }
+            self.note_source_change();
+        }
+    }
+
+    pub(crate) fn note_source_change(&self) {
+        self.source_changed.fetch_add(1, SeqCst);
+        // Nobody waiting is not an error, and waking cannot otherwise fail on our own memory.
+        let _ = futex::wake(&self.source_changed, futex::Flags::PRIVATE, i32::MAX as u32);
+    }
+
+    /// Waits until something is said about the source, or the pager stops, or for `most`.
+    pub(crate) fn wait_for_source_change(&self, most: Duration) {
+        let seen = self.source_changed.load(SeqCst);
+        if self.stopping.load(Acquire) {
+            return;
+        }
+        let most =
+            futex::Timespec { tv_sec: most.as_secs() as i64, tv_nsec: most.subsec_nanos().into() };
+        // Woken, timed out, interrupted or changed: the caller looks again.
+        let _ = futex::wait(&self.source_changed, futex::Flags::PRIVATE, seen, Some(&most));
+    }
+
+    /// Wakes every thread that waits in the kernel, so that it faults again and is seen afresh.
+    pub(crate) fn wake_everything(&self) {
+        let inside = self.gate.install();
+        for target in &self.targets {
+            let mut rest =
+                GranuleRange::new(pageferry_memory::GranuleIndex::new(0), target.region.granules());
+            while !rest.is_empty() {
+                let (uffd, shared) = target.shard(rest);
+                let (mut part, after) = rest.split_at(shared);
+                while !part.is_empty() {
+                    let Some((host, placed)) = inside.place(target.id, part) else {
+                        part = part.split_at(1).1;
+                        continue;
+                    };
+                    if target.wake == Wake::Yes
+                        && let Err(error) = uffd.wake(host)
+                    {
+                        tracing::error!("{error}");
+                    }
+                    part = part.split_at(placed.count()).1;
+                }
+                rest = after;
+            }
+        }
+    }
+
+    pub(crate) fn remaining(&self) -> u64 {
+        self.targets.iter().map(|target| target.region.page_map().remaining()).sum()
+    }
+
+    pub(crate) fn completion(&self) -> Completion {
+        Completion {
+            granules_from_source: self.from_source.load(Acquire),
+            granules_poisoned: self.poisoned_by_source.load(Acquire),
+        }
+    }
+}
+
+/// Waits for another thread, the reader, to read the events.
+pub(crate) struct WaitForReader<'a>(pub(crate) &'a Core);
+
+impl AddressSpaceChanging for WaitForReader<'_> {
+    fn let_events_be_read(&self) {
+        // The kernel answers EAGAIN also for a moment's contention with no event behind it, so
+        // the wait is bounded and the install simply tried again.
+        let seen = self.0.events_read.load(Acquire);
+        let millisecond = futex::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+        let _ = futex::wait(&self.0.events_read, futex::Flags::PRIVATE, seen, Some(&millisecond));
+    }
+}
+
+/// The sink handed to a source of one generation: what an older one still says is not heard.
+pub(crate) struct AttachedSink {
+    pub(crate) core: Arc<Core>,
+    pub(crate) generation: u64,
+}
+
+/// The sink lent to a request for answers given before it returns.
+pub(crate) struct LentSink<'a> {
+    pub(crate) core: &'a Core,
+    pub(crate) generation: u64,
+    pub(crate) changing: &'a dyn AddressSpaceChanging,
+}
+
+macro_rules! impl_sink {
+    ($type:ty, |$sink:ident| $changing:expr) => {
+        impl PageSink for $type {
+            fn layout(&self) -> &Layout {
+                &self.core.layout
+            }
+
+            fn page(&self, span: Span, bytes: &[u8]) -> Result<(), SinkError> {
+                let $sink = self;
+                self.core.page_with(span, bytes, $changing)
+            }
+
+            fn fill(&self, span: Span, fill: &mut Fill<'_>) -> Result<(), SinkError> {
+                let $sink = self;
+                self.core.fill_with(span, fill, $changing)
+            }
+
+            fn zero(&self, span: Span) -> Result<(), SinkError> {
+                let $sink = self;
+                self.core.zero_with(span, $changing)
+            }
+
+            fn poison(&self, span: Span) -> Result<(), SinkError> {
+                let $sink = self;
+                let target = self.core.target(span)?;
+                self.core.poisoned_by_source.fetch_add(span.granules.count(), Relaxed);
+                self.core.poison_now(target, span.granules, $changing)
+            }
+
+            fn push(&self, span: Span, bytes: &[u8]) -> Result<u64, SinkError> {
+                let $sink = self;
+                self.core.push_with(span, bytes, $changing)
+            }
+
+            fn lost(&self, why: SourceError) {
+                self.core.source_lost(self.generation, &why);
+            }
+        }
+    };
+}
+
+impl_sink!(AttachedSink, |sink| &WaitForReader(&sink.core));
+impl_sink!(LentSink<'_>, |sink| sink.changing);
+
+impl Core {
+    fn push_with(
+        &self,
+        span: Span,
+        bytes: &[u8],
+        changing: &dyn AddressSpaceChanging,
+    ) -> Result<u64, SinkError> {
+        let target = self.target(span)?;
+        let granule = target.region.granule().bytes();
+        let expected = span.granules.count() * granule;
+        if bytes.len() as u64 != expected {
+            return Err(SinkError::WrongLength { span, expected, got: bytes.len() as u64 });
+        }
+        let map = target.region.page_map();
+        let mut taken = 0;
+        let mut rest = span.granules;
+        while !rest.is_empty() {
+            let won = map.claim_run(rest);
+            if won.is_empty() {
+                self.stats.add(Counter::duplicate, 1);
+                rest = rest.split_at(1).1;
+                continue;
+            }
+            let from = ((won.first().get() - span.granules.first().get()) * granule) as usize;
+            let len = (won.count() * granule) as usize;
+            self.answer(target, won, Data::Bytes(&bytes[from..from + len]), changing)?;
+            taken += won.count();
+            rest = rest.split_at(won.end().get() - rest.first().get()).1;
+        }
+        self.stats.add(Counter::pushed, taken);
+        Ok(taken)
+    }
+}

@@ -1,0 +1,302 @@
+//! The fault path: what is done about a granule that a thread was stopped on.
+
+use pageferry_memory::{GranuleIndex, GranuleRange, HostAddress, RegionId, State};
+use pageferry_uffd::FaultKind;
+
+use crate::{
+    SinkError, Span, Urgency,
+    core::{AddressSpaceChanging, Core, LentSink},
+    delivery::signal::in_handler,
+    install::{Progress, Target},
+    settle,
+    slot::InUse,
+    stats::{Counter, Timed},
+};
+
+/// A fault that reached us.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Arrived {
+    pub(crate) address: HostAddress,
+    pub(crate) kind: FaultKind,
+    pub(crate) thread: Option<u32>,
+    /// [`Stats::now`](crate::stats::Stats::now) when it was read or caught.
+    pub(crate) at: u64,
+}
+
+/// What became of a fault.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Handled {
+    /// Requested, by this fault or by another: it will come.
+    OnItsWay,
+    /// It is there: the thread can go on.
+    There,
+    /// It can never come.
+    Poisoned,
+    /// No source is in charge.
+    NoSource,
+    /// The address is in no region.
+    NotOurs,
+}
+
+impl Core {
+    /// Handles faults that arrived together: adjacent granules are requested as one.
+    pub(crate) fn faults(&self, arrived: &mut [Arrived], changing: &dyn AddressSpaceChanging) {
+        self.stats.add(Counter::faults, arrived.len() as u64);
+        if let [fault] = *arrived {
+            self.fault(fault, changing);
+            return;
+        }
+        arrived.sort_unstable_by_key(|fault| fault.address);
+        let mut rest = &arrived[..];
+        while let Some((first, after)) = rest.split_first() {
+            let Some((region, granule)) = self.find(first.address) else {
+                self.stray(*first, changing);
+                rest = after;
+                continue;
+            };
+            // The faults that follow on the same granule or the next one.
+            let mut end = granule.get() + 1;
+            let mut taken = 1;
+            for next in after {
+                match self.find(next.address) {
+                    Some((same, at)) if same == region && at.get() <= end => {
+                        end = end.max(at.get() + 1);
+                        taken += 1;
+                    }
+                    _ => break,
+                }
+            }
+            let run = GranuleRange::new(granule, end - granule.get());
+            self.demand(region, run, first.kind, first.at, changing);
+            rest = &rest[taken..];
+        }
+    }
+
+    /// Handles one fault.
+    pub(crate) fn fault(&self, fault: Arrived, changing: &dyn AddressSpaceChanging) -> Handled {
+        let Some((region, granule)) = self.find(fault.address) else {
+            self.stray(fault, changing);
+            return Handled::NotOurs;
+        };
+        self.demand(region, GranuleRange::new(granule, 1), fault.kind, fault.at, changing)
+    }
+
+    fn find(&self, address: HostAddress) -> Option<(RegionId, GranuleIndex)> {
+        self.gate.install().find(address)
+    }
+
+    /// Threads are stopped on every granule of `run`. Returns what became of the last.
+    fn demand(
+        &self,
+        region: RegionId,
+        run: GranuleRange,
+        kind: FaultKind,
+        arrived: u64,
+        changing: &dyn AddressSpaceChanging,
+    ) -> Handled {
+        let target = &self.targets[usize::from(region.get())];
+        let map = target.region.page_map();
+        let mut handled = Handled::There;
+        let mut at = run.first();
+        while at < run.end() {
+            let left = GranuleRange::new(at, run.end().get() - at.get());
+            match map.state(at) {
+                State::Absent => {
+                    // The source is entered before the claim: whoever replaces it waits for us to
+                    // leave, and then hands every claim of its time to the new one.
+                    let Some(source) = self.source.enter() else {
+                        self.stats.add(Counter::stalled, 1);
+                        return Handled::NoSource;
+                    };
+                    let shift = target.region.granule().shift();
+                    let won = self.prefetcher.claim(map, left, shift);
+                    let demanded = won.intersection(left).filter(|part| !part.is_empty());
+                    self.stats.time(Timed::Queueing, self.stats.now().saturating_sub(arrived));
+                    let Some(demanded) = demanded else {
+                        // Lost the race for it, but perhaps won neighbours: they are on us now.
+                        self.request(
+                            &source,
+                            target,
+                            won,
+                            won,
+                            Urgency::Prefetch,
+                            arrived,
+                            changing,
+                        );
+                        continue;
+                    };
+                    self.request(
+                        &source,
+                        target,
+                        won,
+                        demanded,
+                        Urgency::Demand,
+                        arrived,
+                        changing,
+                    );
+                    let ahead = self.prefetcher.ahead(region, at, won.end(), shift);
+                    if ahead > 0 {
+                        self.prefetch(&source, target, won.end(), ahead, changing);
+                    }
+                    handled = Handled::OnItsWay;
+                    at = demanded.end();
+                    continue;
+                }
+                State::Requested => {
+                    if self.pending.upgrade(region, at, arrived) {
+                        self.stats.add(Counter::prefetch_hits, 1);
+                        self.expedite(target.span(GranuleRange::new(at, 1)));
+                    }
+                    handled = Handled::OnItsWay;
+                }
+                State::Present | State::Discarded => {
+                    self.stats.add(Counter::stale, 1);
+                    handled = self.settle(target, at, kind, changing);
+                }
+                State::Poisoned => {
+                    self.report(self.poison_now(target, GranuleRange::new(at, 1), changing));
+                    handled = Handled::Poisoned;
+                }
+            }
+            at = GranuleIndex::new(at.get() + 1);
+        }
+        handled
+    }
+
+    /// Hands granules that were just claimed to the source.
+    #[allow(clippy::too_many_arguments)]
+    fn request(
+        &self,
+        source: &InUse<'_>,
+        target: &Target,
+        won: GranuleRange,
+        demanded: GranuleRange,
+        urgency: Urgency,
+        arrived: u64,
+        changing: &dyn AddressSpaceChanging,
+    ) {
+        if won.is_empty() {
+            return;
+        }
+        let mut demand = 0;
+        for granule in won.iter() {
+            let wanted = urgency == Urgency::Demand && demanded.contains(granule);
+            let urgency = if wanted { Urgency::Demand } else { Urgency::Prefetch };
+            demand += u64::from(wanted);
+            if self.pending.insert(target.id, granule, urgency, arrived) {
+                self.stats.add(Counter::untimed, 1);
+            }
+        }
+        self.stats.add(Counter::demand, demand);
+        self.stats.add(Counter::prefetched, won.count() - demand);
+        let claim = Claim { target, granules: won };
+        let sink = LentSink { core: self, generation: source.generation(), changing };
+        let asked = source.source().request(target.span(won), urgency, &sink);
+        claim.handed_over();
+        if let Err(why) = asked {
+            // The granules stay requested; the next source starts with them.
+            self.source_lost(source.generation(), &why);
+        }
+    }
+
+    /// Claims up to `count` absent granules from `from` on and asks for them without urgency.
+    /// Returns how many granules were looked at.
+    pub(crate) fn prefetch(
+        &self,
+        source: &InUse<'_>,
+        target: &Target,
+        from: GranuleIndex,
+        count: u64,
+        changing: &dyn AddressSpaceChanging,
+    ) -> u64 {
+        let map = target.region.page_map();
+        let end = from.get().saturating_add(count).min(map.len());
+        if from.get() >= end {
+            return 0;
+        }
+        let window = GranuleRange::new(from, end - from.get());
+        let mut at = from;
+        while at < window.end() {
+            let left = GranuleRange::new(at, window.end().get() - at.get());
+            let absent = map.next_run(State::Absent, at, left.count());
+            let Some(run) = absent.and_then(|run| run.intersection(left)) else { break };
+            let won = map.claim_run(run);
+            if won.is_empty() {
+                at = GranuleIndex::new(run.first().get() + 1);
+                continue;
+            }
+            self.request(source, target, won, won, Urgency::Prefetch, self.stats.now(), changing);
+            at = won.end();
+        }
+        window.count()
+    }
+
+    fn expedite(&self, span: Span) {
+        if let Some(source) = self.source.enter()
+            && let Err(why) = source.source().expedite(span)
+        {
+            self.source_lost(source.generation(), &why);
+        }
+    }
+
+    /// A thread was stopped on a granule that needs no source any more.
+    ///
+    /// Present: the fault is older than the install, or the page was removed since and its event
+    /// is older than the fault; the kernel knows which. A page of zeros is right if there is none
+    /// (EEXIST otherwise), since only removal can have taken it.
+    fn settle(
+        &self,
+        target: &Target,
+        granule: GranuleIndex,
+        kind: FaultKind,
+        changing: &dyn AddressSpaceChanging,
+    ) -> Handled {
+        loop {
+            match settle::settle(self, target, granule, kind) {
+                Progress::Done => return Handled::There,
+                Progress::Changing(_) => changing.let_events_be_read(),
+                Progress::Refused { why, .. } => {
+                    let span = target.span(GranuleRange::new(granule, 1));
+                    self.report(Err(SinkError::Install { span, why }));
+                    return Handled::Poisoned;
+                }
+            }
+        }
+    }
+
+    /// A fault at an address that shows no granule: something was mapped over, or moved by an
+    /// `mremap` that left its source registered. It reads as zero, as any fresh memory would.
+    fn stray(&self, fault: Arrived, changing: &dyn AddressSpaceChanging) {
+        tracing::debug!("fault at {} in no region", fault.address);
+        settle::zero_stray(self, fault.address);
+        changing.let_events_be_read();
+    }
+
+    pub(crate) fn report(&self, result: Result<(), SinkError>) {
+        if let Err(error) = result
+            && !in_handler()
+        {
+            tracing::error!("{error}");
+            self.health().refused = Some(error.to_string());
+        }
+    }
+}
+
+/// Granules claimed and not yet handed to a source. If the hand-over unwinds they become absent
+/// again, so that the next fault claims them.
+struct Claim<'a> {
+    target: &'a Target,
+    granules: GranuleRange,
+}
+
+impl Claim<'_> {
+    fn handed_over(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.target.region.page_map().release(self.granules);
+    }
+}

@@ -1,0 +1,298 @@
+//! Making granules present: the kernel calls, their outcomes, and what each means for the page map.
+
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use pageferry_memory::{GranuleIndex, GranuleRange, HostRange, Region, RegionId, State};
+use pageferry_uffd::{CopyMode, MoveMode, Outcome, UffdError, Userfaultfd, Wake};
+
+use crate::{
+    Span,
+    gate::Inside,
+    staging::MovablePages,
+    stats::{Counter, Stats, Timed},
+};
+
+/// How granules of a region are made present.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InstallMethod {
+    /// UFFDIO_COPY from a staging buffer: any memory.
+    Copy,
+    /// Bytes are received into the fill view, then UFFDIO_CONTINUE maps them: shared memory with a
+    /// fill view.
+    Continue,
+    /// UFFDIO_MOVE of pages populated ahead of time: anonymous memory of 4 KiB pages.
+    Move,
+}
+
+/// A region as the engine installs into it.
+pub(crate) struct Target {
+    pub(crate) id: RegionId,
+    pub(crate) region: Arc<Region>,
+    pub(crate) method: InstallMethod,
+    /// The userfaultfd of each stretch of `granules_per_shard` granules.
+    pub(crate) shards: Box<[Arc<Userfaultfd>]>,
+    pub(crate) granules_per_shard: u64,
+    /// Whether threads may wait in the kernel for an install.
+    pub(crate) wake: Wake,
+    /// ZEROPAGE works on this memory (not on hugetlb).
+    pub(crate) zeropage: bool,
+}
+
+/// What to install.
+#[derive(Copy, Clone)]
+pub(crate) enum Data<'a> {
+    /// The bytes of the whole run.
+    Bytes(&'a [u8]),
+    Zero,
+    /// Already in the fill view.
+    InPlace,
+    /// In the first pages of a movable buffer.
+    Movable(&'a MovablePages<'a>),
+}
+
+/// How far an install came.
+pub(crate) enum Progress {
+    /// Every granule of the run that was still wanted is present.
+    Done,
+    /// The address space is changing: leave the gate, let the events be read, then go on from
+    /// this granule.
+    Changing(GranuleIndex),
+    /// The kernel refuses this granule for good.
+    Refused { at: GranuleIndex, why: String },
+}
+
+impl Target {
+    /// The userfaultfd of a granule, and how many granules of `run` from its first share it.
+    pub(crate) fn shard(&self, run: GranuleRange) -> (&Arc<Userfaultfd>, u64) {
+        let first = run.first().get();
+        let index = ((first / self.granules_per_shard) as usize).min(self.shards.len() - 1);
+        let left = if index == self.shards.len() - 1 {
+            u64::MAX
+        } else {
+            self.granules_per_shard - first % self.granules_per_shard
+        };
+        (&self.shards[index], run.count().min(left))
+    }
+
+    /// Installs the granules of `run` that are requested and publishes them. `data` covers `whole`,
+    /// of which `run` is a part.
+    ///
+    /// Called inside the gate: no event takes a granule away between the look at the map and the
+    /// call that installs it, or that call fails.
+    pub(crate) fn install(
+        &self,
+        inside: &Inside<'_>,
+        whole: GranuleRange,
+        run: GranuleRange,
+        data: Data<'_>,
+        stats: &Stats,
+    ) -> Progress {
+        let map = self.region.page_map();
+        let mut at = run.first();
+        while at < run.end() {
+            let rest = GranuleRange::new(at, run.end().get() - at.get());
+            let Some(wanted_run) = map.next_run(State::Requested, at, rest.count()) else { break };
+            let Some(wanted_run) = wanted_run.intersection(rest) else { break };
+            stats.add(Counter::duplicate, wanted_run.first().get() - at.get());
+            let (uffd, shared) = self.shard(wanted_run);
+            let part = GranuleRange::new(wanted_run.first(), shared);
+            let Some((host, part)) = inside.place(self.id, part) else {
+                // Mapped nowhere any more: the unmap event has been applied, and with it the
+                // granule's state; nothing waits for it.
+                at = GranuleIndex::new(part.first().get() + 1);
+                continue;
+            };
+            let watched = !matches!(inside, Inside::Open(_));
+            match self.install_mapped(uffd, host, whole, part, data, watched, stats) {
+                Progress::Done => at = part.end(),
+                other => return other,
+            }
+        }
+        stats.add(Counter::duplicate, run.end().get().saturating_sub(at.get()));
+        Progress::Done
+    }
+
+    /// Installs a part that is contiguous in host memory and belongs to one userfaultfd.
+    #[allow(clippy::too_many_arguments)]
+    fn install_mapped(
+        &self,
+        uffd: &Userfaultfd,
+        host: HostRange,
+        whole: GranuleRange,
+        part: GranuleRange,
+        data: Data<'_>,
+        watched: bool,
+        stats: &Stats,
+    ) -> Progress {
+        let granule = self.region.granule();
+        let page = self.region.page_size().bytes();
+        let data_offset = (part.first().get() - whole.first().get()) << granule.shift();
+        let granule_at =
+            |offset: u64| GranuleIndex::new(part.first().get() + (offset >> granule.shift()));
+        let mut done = 0;
+        while done < host.len() {
+            let left = host.skip(done);
+            stats.add(Counter::install_calls, 1);
+            let started = stats.now();
+            let outcome = self.call(uffd, left, data, data_offset + done);
+            stats.time(Timed::Install, stats.now() - started);
+            match outcome {
+                Ok(Outcome::Installed { bytes }) => done += bytes,
+                Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
+                Ok(Outcome::Retry { .. }) => {
+                    stats.add(Counter::eagain, 1);
+                    self.publish(part, done, stats);
+                    return Progress::Changing(granule_at(done));
+                }
+                Ok(Outcome::AlreadyPresent { done: more }) => {
+                    // Somebody else installed it; whoever waits for it must still be woken.
+                    stats.add(Counter::eexist, 1);
+                    done += more;
+                    let present = HostRange::new(host.skip(done).start(), page);
+                    if self.wake == Wake::Yes {
+                        if let Err(error) = uffd.wake(present) {
+                            return self.refuse(part, done, &error, stats);
+                        }
+                    }
+                    done += page;
+                }
+                Ok(Outcome::RangeGone { done: more }) => {
+                    done += more;
+                    self.publish(part, done, stats);
+                    if watched {
+                        // Unmapped or moved, its event still unread.
+                        return Progress::Changing(granule_at(done));
+                    }
+                    // Unmapped with nobody to tell us: nothing can touch it any more.
+                    let gone = GranuleRange::new(granule_at(done), 1);
+                    self.region.page_map().discard(gone);
+                    done = (done | (granule.bytes() - 1)) + 1;
+                }
+                Ok(Outcome::ProcessGone { .. }) => return Progress::Done,
+                Ok(Outcome::Poisoned { done: more }) => {
+                    done += more;
+                    self.publish(part, done, stats);
+                    return Progress::Refused {
+                        at: granule_at(done),
+                        why: "the page is poisoned (EHWPOISON)".into(),
+                    };
+                }
+                Err(error) => return self.refuse(part, done, &error, stats),
+            }
+        }
+        self.publish(part, done, stats);
+        Progress::Done
+    }
+
+    fn refuse(&self, part: GranuleRange, done: u64, why: &UffdError, stats: &Stats) -> Progress {
+        self.publish(part, done, stats);
+        let at = part.first().get() + (done >> self.region.granule().shift());
+        Progress::Refused { at: GranuleIndex::new(at), why: why.to_string() }
+    }
+
+    /// Publishes the granules that the first `done` bytes of `part` make whole.
+    fn publish(&self, part: GranuleRange, done: u64, stats: &Stats) {
+        let whole = (done >> self.region.granule().shift()).min(part.count());
+        // Counted first: whoever sees the last granule present also sees it counted.
+        stats.add(Counter::installed, whole);
+        self.region.page_map().publish(GranuleRange::new(part.first(), whole));
+    }
+
+    fn call(
+        &self,
+        uffd: &Userfaultfd,
+        host: HostRange,
+        data: Data<'_>,
+        offset: u64,
+    ) -> Result<Outcome, UffdError> {
+        let mode = CopyMode { wake: self.wake == Wake::Yes, write_protect: false };
+        match data {
+            Data::Bytes(bytes) => {
+                let from = offset as usize;
+                uffd.copy(host.start(), &bytes[from..from + host.len() as usize], mode)
+            }
+            Data::Zero => uffd.zeropage(host, self.wake),
+            Data::InPlace => uffd.continue_range(host, mode),
+            Data::Movable(pages) => {
+                let from = HostRange::new(pages.range().skip(offset).start(), host.len());
+                let mode = MoveMode { wake: self.wake, allow_src_holes: false };
+                // SAFETY: the buffer is exclusively `pages`', which repopulates what was taken
+                // before it is lent again; nobody refers to its contents now.
+                unsafe { uffd.move_pages(host.start(), from, mode) }
+            }
+        }
+    }
+
+    /// Poisons what the page map calls poisoned, inside the gate.
+    pub(crate) fn mark_poisoned(&self, inside: &Inside<'_>, granules: GranuleRange) -> Progress {
+        let map = self.region.page_map();
+        let page = self.region.page_size().bytes();
+        let shift = self.region.granule().shift();
+        let mut at = granules.first();
+        while at < granules.end() {
+            let left = GranuleRange::new(at, granules.end().get() - at.get());
+            let run = map.next_run(State::Poisoned, at, left.count());
+            let Some(run) = run.and_then(|run| run.intersection(left)) else { break };
+            let (uffd, shared) = self.shard(run);
+            let part = GranuleRange::new(run.first(), shared);
+            let Some((host, part)) = inside.place(self.id, part) else {
+                at = GranuleIndex::new(part.first().get() + 1);
+                continue;
+            };
+            let mut done = 0;
+            while done < host.len() {
+                match uffd.poison(host.skip(done), self.wake) {
+                    Ok(Outcome::Installed { bytes }) => done += bytes,
+                    Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
+                    Ok(Outcome::Retry { .. }) => {
+                        let at = part.first().get() + (done >> shift);
+                        return Progress::Changing(GranuleIndex::new(at));
+                    }
+                    // Something is mapped there already, or nothing can be: both are no zeros.
+                    Ok(
+                        Outcome::AlreadyPresent { done: more } | Outcome::RangeGone { done: more },
+                    ) => {
+                        done += more + page;
+                    }
+                    Ok(Outcome::Poisoned { done: more }) => done += more + page,
+                    Ok(Outcome::ProcessGone { .. }) => return Progress::Done,
+                    Err(error) => {
+                        let at = part.first().get() + (done >> shift);
+                        return Progress::Refused {
+                            at: GranuleIndex::new(at),
+                            why: error.to_string(),
+                        };
+                    }
+                }
+            }
+            at = part.end();
+        }
+        Progress::Done
+    }
+
+    /// Lends the bytes of `run` in the fill view to `fill`. The caller is the one party bringing
+    /// these granules: they are Requested by it, and no event can take them away.
+    ///
+    /// # Errors
+    /// What `fill` returns.
+    pub(crate) fn with_fill_bytes<E>(
+        &self,
+        run: GranuleRange,
+        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let range = self.region.fill_range(run).expect("CONTINUE is chosen only with a fill view");
+        // SAFETY: the fill view maps the range, writable, as long as the region lives. The caller
+        // owns the claim of these granules, so they are mapped in no guest view and no other
+        // thread reads or writes them through any view while `fill` runs.
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(range.start().as_ptr(), range.len() as usize) };
+        fill(bytes)
+    }
+
+    pub(crate) fn span(&self, granules: GranuleRange) -> Span {
+        Span { region: self.id, granules }
+    }
+}

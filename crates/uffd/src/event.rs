@@ -51,6 +51,10 @@ pub enum Event {
     /// The process forked; the child's copies of the registered ranges belong to this new
     /// userfaultfd. See [`Userfaultfd::from_received_fd`].
     ///
+    /// A thread of the same process that reads these events must not allocate between the fork and
+    /// the read: the C library's `fork` holds the locks of its allocator, and does not return
+    /// before the event is read.
+    ///
     /// [`Userfaultfd::from_received_fd`]: crate::Userfaultfd::from_received_fd
     Fork {
         /// The child's userfaultfd.

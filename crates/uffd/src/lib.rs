@@ -3,6 +3,33 @@
 //!
 //! No threads and no policy: a call here is one call of the kernel, what it can come to is an
 //! [`Outcome`], and nothing the kernel says is lost.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use pageferry_uffd::{
+//!     CopyMode, Event, EventBuffer, Features, Mapped, Options, Outcome, RegisterMode,
+//! };
+//!
+//! /// Answers one batch of faults in `memory` with pages full of ones.
+//! fn serve(memory: Arc<impl Mapped>) -> Result<(), Box<dyn std::error::Error>> {
+//!     let uffd = Arc::new(Options::new().optional(Features::THREAD_ID).open()?);
+//!     let range = memory.range();
+//!     let _registration = uffd.register(memory, range, RegisterMode::MISSING)?;
+//!     let mut events = EventBuffer::new(64);
+//!     uffd.read_events(&mut events)?;
+//!     for event in events.drain() {
+//!         if let Event::Fault(fault) = event? {
+//!             match uffd.copy(fault.address, &[1; 4096], CopyMode::WAKE)? {
+//!                 Outcome::Installed { .. } => {}
+//!                 Outcome::AlreadyPresent { .. } => uffd.wake(range)?,
+//!                 other => println!("{}: {other:?}", fault.address),
+//!             }
+//!         }
+//!     }
+//!     Ok(())
+//! }
+//! ```
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]

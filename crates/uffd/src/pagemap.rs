@@ -251,7 +251,8 @@ pub enum PagemapError {
         errno: Errno,
         /// How many regions were written all the same.
         regions: usize,
-        /// How far the scan came; the start of the range when the kernel does not say.
+        /// What the kernel says of how far it came. Not a place to resume: Linux 6.18 names the end
+        /// of the range whatever it skipped.
         walk_end: HostAddress,
     },
 }

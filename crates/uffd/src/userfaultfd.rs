@@ -90,9 +90,11 @@ pub struct MoveMode {
 /// Losing the last descriptor of a userfaultfd resumes every thread that waits on it, with pages of
 /// zeros: keep it until nobody can fault any more or every page is present or poisoned.
 ///
-/// The operations install pages only where the range was registered with this descriptor and
-/// nothing is present yet; everything that could break somebody's memory was promised when the
-/// range was registered. All of them may be called from any number of threads at once.
+/// The operations install pages only where nothing is present yet, in ranges registered with a
+/// userfaultfd; everything that could break somebody's memory was promised when the range was
+/// registered. Beware that it need not be this userfaultfd: the kernel lets any one of the same
+/// address space install, which matters where a range is unmapped and its addresses are used again.
+/// All operations may be called from any number of threads at once.
 ///
 /// See `Documentation/admin-guide/mm/userfaultfd.rst` and `ioctl_userfaultfd(2)`.
 #[derive(Debug)]
@@ -324,9 +326,10 @@ impl Userfaultfd {
     ///
     /// # Safety
     ///
-    /// The range is memory of the process the descriptor serves. From now on whoever has the
-    /// descriptor decides what its absent pages contain and when an access to one ends, so nothing
-    /// there may rely on absent pages being zero, or be referenced as a Rust value.
+    /// The range is memory of the process the descriptor serves. From now on whoever has a
+    /// userfaultfd of that process, this one or another, decides what its absent pages contain and
+    /// when an access to one ends, so nothing there may rely on absent pages being zero, or be
+    /// referenced as a Rust value.
     ///
     /// # Errors
     ///

@@ -1,22 +1,16 @@
-//! Every event, as a kernel really sends it.
+//! Events, as a kernel really sends them. Those of moving and unmapping are in `moving.rs`.
 
 mod common;
 
 use std::sync::Arc;
 
 use common::{
-    Backing, Memory, contents, map, next_event, next_fault, open, run, unmap, wait_readable,
+    Backing, Memory, contents, next_event, next_event_in, next_fault, open, run, wait_readable,
 };
 use pageferry_uffd::{
-    CopyMode, Event, EventBuffer, FaultKind, Features, HostRange, Mapped, OpenWay, Outcome,
-    RegisterMode, UffdError, Userfaultfd, Wake,
+    CopyMode, Event, EventBuffer, FaultKind, Features, Mapped, OpenWay, Outcome, RegisterMode,
+    UffdError, Userfaultfd, Wake,
 };
-use rustix::mm::MremapFlags;
-
-fn register_range(userfaultfd: &Userfaultfd, range: HostRange) {
-    // SAFETY: a mapping of the test, whose contents are nobody's values.
-    unsafe { userfaultfd.register_raw(range, RegisterMode::MISSING) }.unwrap();
-}
 
 #[test]
 fn remove_is_reported_and_holds_up_installs_until_read() {
@@ -62,60 +56,7 @@ fn remove_is_reported_and_holds_up_installs_until_read() {
         } else {
             assert_eq!(memory.read(0), 1);
         }
-        // The end of the test is a removal of its own.
         drop(registration);
-    }
-}
-
-#[test]
-fn remap_is_reported_and_faults_follow_the_memory() {
-    let Some(userfaultfd) = open(Features::EVENT_REMAP) else { return };
-    let page = rustix::param::page_size() as u64;
-    let (from, to) = (map(None, 2 * page).unwrap(), map(None, 2 * page).unwrap());
-    register_range(&userfaultfd, from);
-    let remap = run(move || {
-        let len = 2 * page as usize;
-        let (old, new) = (from.start().as_ptr().cast(), to.start().as_ptr().cast());
-        // SAFETY: both are mappings of the test, which nobody uses meanwhile.
-        unsafe { rustix::mm::mremap_fixed(old, len, len, MremapFlags::MAYMOVE, new) }.is_ok()
-    });
-    match next_event(&userfaultfd) {
-        Event::Remap { from: old, to: new, len } => {
-            assert_eq!((old, new, len), (from.start(), to.start(), 2 * page));
-        }
-        other => panic!("{other:?}"),
-    }
-    assert!(remap.finish());
-
-    let gone = userfaultfd.zeropage(from.take(page), Wake::Yes);
-    assert_eq!(gone, Ok(Outcome::RangeGone { done: 0 }));
-    let toucher = run(move || {
-        // SAFETY: this is where the mapping is now.
-        unsafe { to.start().as_ptr().read_volatile() }
-    });
-    next_fault(&userfaultfd, FaultKind::Missing, to.take(page));
-    let bytes = contents(page, [0x5a]);
-    assert!(userfaultfd.copy(to.start(), &bytes, CopyMode::WAKE).unwrap().is_complete());
-    assert_eq!(toucher.finish(), 0x5a);
-    unmap(to);
-}
-
-#[test]
-fn unmap_is_reported() {
-    let Some(userfaultfd) = open(Features::EVENT_UNMAP) else { return };
-    let page = rustix::param::page_size() as u64;
-    let range = map(None, 4 * page).unwrap();
-    register_range(&userfaultfd, range);
-    let (first, rest) = range.split_at(page);
-    for part in [first, rest] {
-        let thread = run(move || unmap(part));
-        match next_event(&userfaultfd) {
-            Event::Unmap(unmapped) => assert_eq!(unmapped, part),
-            other => panic!("{other:?}"),
-        }
-        thread.finish();
-        let gone = userfaultfd.zeropage(part, Wake::Yes);
-        assert_eq!(gone, Ok(Outcome::RangeGone { done: 0 }));
     }
 }
 
@@ -128,7 +69,10 @@ fn a_fork_brings_a_userfaultfd_of_the_child() {
         userfaultfd.register(Arc::clone(&memory), memory.range(), RegisterMode::MISSING).unwrap();
 
     let parent = Arc::clone(&memory);
+    let (go, start_forking) = rustix::pipe::pipe().unwrap();
+    let mut buffer = EventBuffer::new(1);
     let fork = run(move || {
+        assert_eq!(rustix::io::read(&go, &mut [0_u8]), Ok(1));
         // SAFETY: the child touches memory that is mapped and exits, and calls nothing that takes
         // a lock another thread may have held.
         match unsafe { libc::fork() } {
@@ -140,7 +84,10 @@ fn a_fork_brings_a_userfaultfd_of_the_child() {
             pid => pid,
         }
     });
-    let child = match next_event(&userfaultfd) {
+    // From here until the event is read, nothing here may allocate or free: the C library's fork
+    // holds the locks of its allocator, and returns only when the event has been read.
+    assert_eq!(rustix::io::write(&start_forking, &[1]), Ok(1));
+    let child = match next_event_in(&mut buffer, &userfaultfd) {
         Event::Fork { uffd } => uffd,
         other => panic!("{other:?}"),
     };

@@ -72,7 +72,7 @@ fn copy_without_waking_leaves_the_thread_waiting() {
         next_fault(userfaultfd, FaultKind::Missing, memory.page(0));
         let outcome = userfaultfd.copy(memory.page(0).start(), &bytes, CopyMode::NO_WAKE);
         assert_eq!(outcome, Ok(Outcome::Installed { bytes: memory.page_size() }));
-        assert!(!thread.is_finished());
+        assert!(!thread.ends_soon());
         userfaultfd.wake(memory.page(0)).unwrap();
         assert_eq!(thread.finish(), 0x5a);
     });

@@ -222,9 +222,10 @@ impl<T> Running<T> {
         self.0.recv_timeout(PATIENCE).expect("the thread ends")
     }
 
-    pub(crate) fn is_finished(&self) -> bool {
-        // A test asks this once, and does not call `finish` after a yes.
-        self.0.try_recv().is_ok()
+    /// Whether it ends within a moment. Only for threads that must not; after a yes there is
+    /// nothing left to finish.
+    pub(crate) fn ends_soon(&self) -> bool {
+        self.0.recv_timeout(Duration::from_millis(20)).is_ok()
     }
 }
 
@@ -237,9 +238,13 @@ pub(crate) fn wait_readable(fd: impl AsFd) {
 
 /// Waits for just one event.
 pub(crate) fn next_event(userfaultfd: &Userfaultfd) -> Event {
+    next_event_in(&mut EventBuffer::new(8), userfaultfd)
+}
+
+/// [`next_event`], allocating nothing.
+pub(crate) fn next_event_in(buffer: &mut EventBuffer, userfaultfd: &Userfaultfd) -> Event {
     wait_readable(userfaultfd);
-    let mut buffer = EventBuffer::new(8);
-    assert_eq!(userfaultfd.read_events(&mut buffer), Ok(1));
+    assert_eq!(userfaultfd.read_events(buffer), Ok(1));
     buffer.drain().next().unwrap().unwrap()
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use pageferry_memory::{GranuleRange, Layout, State};
+use pageferry_memory::{GranuleRange, Layout};
 use pageferry_uffd::Wake;
 use rustix::thread::futex;
 
@@ -17,7 +17,7 @@ use crate::{
     Completion, Fill, PageSink, SinkError, SourceError, Span, Urgency,
     delivery::signal::in_handler,
     gate::{Gate, Inside},
-    install::{Data, InstallMethod, Progress, Target},
+    install::{Data, InstallMethod, Progress, Target, requested},
     pending::{Pending, elapsed},
     prefetch::Prefetcher,
     slot::SourceSlot,
@@ -153,12 +153,7 @@ impl Core {
         let mut at = rest.first();
         while at < rest.end() {
             let left = GranuleRange::new(at, rest.end().get() - at.get());
-            let Some(run) = map
-                .next_run(State::Requested, at, left.count())
-                .and_then(|run| run.intersection(left))
-            else {
-                break;
-            };
+            let Some(run) = requested(map, left) else { break };
             let from = ((run.first().get() - whole.first().get()) << shift) as usize;
             let len = (run.count() << shift) as usize;
             let copied: Result<(), std::convert::Infallible> =
@@ -205,6 +200,7 @@ impl Core {
     /// Records the latencies of those granules that a thread waited for.
     fn account(&self, target: &Target, granules: GranuleRange, arrived: u64) {
         let now = self.stats.now();
+        self.stats.time(Timed::Install, now.saturating_sub(arrived));
         for granule in granules.iter() {
             if let Some(request) = self.pending.take(target.id, granule)
                 && request.urgency == Urgency::Demand
@@ -220,11 +216,7 @@ impl Core {
     fn fills_in_place(&self, target: &Target, granules: GranuleRange) -> bool {
         target.method == InstallMethod::Continue
             && !self.gate.events_watched()
-            && target.region.page_map().next_run(
-                State::Requested,
-                granules.first(),
-                granules.count(),
-            ) == Some(granules)
+            && requested(target.region.page_map(), granules) == Some(granules)
     }
 
     /// [`PageSink::fill`], with the caller's way of letting events be read.

@@ -38,37 +38,68 @@ pub(crate) enum Handled {
     NotOurs,
 }
 
+/// Faults that arrived together, and the room to sort them out.
+#[derive(Default)]
+pub(crate) struct Batch {
+    pub(crate) faults: Vec<Arrived>,
+    groups: Vec<Group>,
+}
+
+/// Adjacent granules that threads are stopped on.
+struct Group {
+    /// The place of the earliest of its faults in the batch.
+    order: usize,
+    region: RegionId,
+    granules: GranuleRange,
+    kind: FaultKind,
+    at: u64,
+}
+
+impl Batch {
+    pub(crate) fn with_capacity(faults: usize) -> Self {
+        Self { faults: Vec::with_capacity(faults), groups: Vec::with_capacity(faults) }
+    }
+}
+
 impl Core {
-    /// Handles faults that arrived together: adjacent granules are requested as one.
-    pub(crate) fn faults(&self, arrived: &mut [Arrived], changing: &dyn AddressSpaceChanging) {
-        self.stats.add(Counter::faults, arrived.len() as u64);
-        if let [fault] = *arrived {
+    /// Handles faults that arrived together, and empties the batch: adjacent granules are
+    /// requested as one. The order of arrival is kept: served by address, the threads in low
+    /// memory would always be first and the others be left to finish alone.
+    pub(crate) fn faults(&self, batch: &mut Batch, changing: &dyn AddressSpaceChanging) {
+        let Batch { faults, groups } = batch;
+        self.stats.add(Counter::faults, faults.len() as u64);
+        if let [fault] = faults[..] {
             self.fault(fault, changing);
+            faults.clear();
             return;
         }
-        arrived.sort_unstable_by_key(|fault| fault.address);
-        let mut rest = &arrived[..];
-        while let Some((first, after)) = rest.split_first() {
-            let Some((region, granule)) = self.find(first.address) else {
-                self.stray(*first, changing);
-                rest = after;
-                continue;
-            };
-            // The faults that follow on the same granule or the next one.
-            let mut end = granule.get() + 1;
-            let mut taken = 1;
-            for next in after {
-                match self.find(next.address) {
-                    Some((same, at)) if same == region && at.get() <= end => {
-                        end = end.max(at.get() + 1);
-                        taken += 1;
-                    }
-                    _ => break,
-                }
+        for (order, fault) in faults.drain(..).enumerate() {
+            match self.find(fault.address) {
+                Some((region, granule)) => groups.push(Group {
+                    order,
+                    region,
+                    granules: GranuleRange::new(granule, 1),
+                    kind: fault.kind,
+                    at: fault.at,
+                }),
+                None => self.stray(fault, changing),
             }
-            let run = GranuleRange::new(granule, end - granule.get());
-            self.demand(region, run, first.kind, first.at, changing);
-            rest = &rest[taken..];
+        }
+        groups.sort_unstable_by_key(|group| (group.region, group.granules.first(), group.order));
+        groups.dedup_by(|next, group| {
+            let joins = next.region == group.region && next.granules.first() <= group.granules.end();
+            if joins {
+                let end = group.granules.end().max(next.granules.end());
+                let first = group.granules.first();
+                group.granules = GranuleRange::new(first, end.get() - first.get());
+                group.order = group.order.min(next.order);
+                group.at = group.at.min(next.at);
+            }
+            joins
+        });
+        groups.sort_unstable_by_key(|group| group.order);
+        for group in groups.drain(..) {
+            self.demand(group.region, group.granules, group.kind, group.at, changing);
         }
     }
 

@@ -16,7 +16,6 @@ const BUCKETS: usize = ((POWERS - SUB_BITS + 1) * SUB) as usize;
 pub(crate) struct Histogram {
     buckets: Box<[AtomicU64]>,
     max: AtomicU64,
-    sum: AtomicU64,
 }
 
 impl Histogram {
@@ -24,13 +23,11 @@ impl Histogram {
         Self {
             buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
             max: AtomicU64::new(0),
-            sum: AtomicU64::new(0),
         }
     }
 
     pub(crate) fn record(&self, nanos: u64) {
         self.buckets[bucket_of(nanos)].fetch_add(1, Relaxed);
-        self.sum.fetch_add(nanos, Relaxed);
         // Read first: the maximum changes rarely, and a plain load keeps its cache line shared.
         if nanos > self.max.load(Relaxed) {
             self.max.fetch_max(nanos, Relaxed);
@@ -42,7 +39,6 @@ impl Histogram {
             *sum += bucket.load(Relaxed);
         }
         total.max = total.max.max(self.max.load(Relaxed));
-        total.sum += self.sum.load(Relaxed);
     }
 }
 
@@ -69,12 +65,11 @@ fn upper_bound(bucket: usize) -> u64 {
 pub struct Latency {
     buckets: Vec<u64>,
     max: u64,
-    sum: u64,
 }
 
 impl Latency {
     pub(crate) fn empty() -> Self {
-        Self { buckets: vec![0; BUCKETS], max: 0, sum: 0 }
+        Self { buckets: vec![0; BUCKETS], max: 0 }
     }
 
     /// How many values were recorded.
@@ -103,12 +98,6 @@ impl Latency {
     /// The largest value.
     pub fn max(&self) -> Duration {
         Duration::from_nanos(self.max)
-    }
-
-    /// The arithmetic mean; `None` when nothing was recorded.
-    pub fn mean(&self) -> Option<Duration> {
-        let count = self.count();
-        (count > 0).then(|| Duration::from_nanos(self.sum / count))
     }
 }
 

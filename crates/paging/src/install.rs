@@ -4,14 +4,14 @@
 
 use std::sync::Arc;
 
-use pageferry_memory::{GranuleIndex, GranuleRange, HostRange, Region, RegionId, State};
+use pageferry_memory::{GranuleIndex, GranuleRange, HostRange, PageMap, Region, RegionId, State};
 use pageferry_uffd::{CopyMode, MoveMode, Outcome, UffdError, Userfaultfd, Wake};
 
 use crate::{
     Span,
     gate::Inside,
     staging::MovablePages,
-    stats::{Counter, Stats, Timed},
+    stats::{Counter, Stats},
 };
 
 /// How granules of a region are made present.
@@ -51,6 +51,15 @@ pub(crate) enum Data<'a> {
     InPlace,
     /// In the first pages of a movable buffer.
     Movable(&'a MovablePages<'a>),
+}
+
+/// The first granules of `run` that are requested.
+pub(crate) fn requested(map: &PageMap, run: GranuleRange) -> Option<GranuleRange> {
+    if run.count() == 1 {
+        // Almost every demand fault; a look at one granule is cheaper than a scan for one.
+        return (map.state(run.first()) == State::Requested).then_some(run);
+    }
+    map.next_run(State::Requested, run.first(), run.count())?.intersection(run)
 }
 
 /// How far an install came.
@@ -94,8 +103,7 @@ impl Target {
         let mut at = run.first();
         while at < run.end() {
             let rest = GranuleRange::new(at, run.end().get() - at.get());
-            let Some(wanted_run) = map.next_run(State::Requested, at, rest.count()) else { break };
-            let Some(wanted_run) = wanted_run.intersection(rest) else { break };
+            let Some(wanted_run) = requested(map, rest) else { break };
             stats.add(Counter::duplicate, wanted_run.first().get() - at.get());
             let (uffd, shared) = self.shard(wanted_run);
             let part = GranuleRange::new(wanted_run.first(), shared);
@@ -136,10 +144,7 @@ impl Target {
         while done < host.len() {
             let left = host.skip(done);
             stats.add(Counter::install_calls, 1);
-            let started = stats.now();
-            let outcome = self.call(uffd, left, data, data_offset + done);
-            stats.time(Timed::Install, stats.now() - started);
-            match outcome {
+            match self.call(uffd, left, data, data_offset + done) {
                 Ok(Outcome::Installed { bytes }) => done += bytes,
                 Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
                 Ok(Outcome::Retry { .. }) => {

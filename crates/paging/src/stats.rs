@@ -77,7 +77,7 @@ pub(crate) enum Timed {
     Queueing,
     /// From the request to the bytes.
     Fetch,
-    /// The installing system call.
+    /// From the bytes to their granules being present: the installing system calls.
     Install,
     /// From the fault's arrival to the granule being present.
     Total,
@@ -197,7 +197,7 @@ pub struct Statistics {
     pub queueing: Latency,
     /// From the request to the bytes, for granules that a thread waited for.
     pub fetch: Latency,
-    /// The installing system calls.
+    /// From the bytes of an answer to their granules being present: the installing system calls.
     pub install: Latency,
     /// From a fault's arrival to its granule being present. The time that the kernel held the
     /// fault in its queue before it was read is not in it: only the guest can measure that.

@@ -10,15 +10,6 @@ use pageferry_paging::{
     Delivery, Events, Hints, InstallMethod, Pager, Prefetch, StartError, Status,
 };
 
-const DELIVERIES: [Delivery; 6] = [
-    Delivery::Queue,
-    Delivery::QueueN(3),
-    Delivery::ByThread(3),
-    Delivery::ByCpu(2),
-    Delivery::Sharded(3),
-    Delivery::Signal,
-];
-
 const PREFETCHES: [Prefetch; 4] = [
     Prefetch::NONE,
     Prefetch::SWEEP,

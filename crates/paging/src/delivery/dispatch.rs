@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     core::{Core, WaitForReader},
-    fault::Arrived,
+    fault::{Arrived, Batch},
 };
 
 /// What chooses the worker.
@@ -82,10 +82,10 @@ fn dispatch(
     by: HashOf,
 ) -> Result<(), pageferry_uffd::UffdError> {
     let reader = Reader::new(core, uffd, config);
-    let mut batch = Vec::with_capacity(4 * config.batch);
+    let mut batch = Batch::with_capacity(4 * config.batch);
     let mut cpus = CpuOf::default();
     while reader.next(&mut batch, stop)? {
-        for fault in batch.drain(..) {
+        for fault in batch.faults.drain(..) {
             // Thread ids are not negotiated on old kernels: everything then goes to one worker.
             let thread = fault.thread.unwrap_or(0);
             let hash = if by == HashOf::Cpu { cpus.get(thread) } else { thread };
@@ -98,7 +98,7 @@ fn dispatch(
 }
 
 fn work(core: &Core, inbox: &Inbox, most: usize) {
-    let mut batch = Vec::with_capacity(most);
+    let mut batch = Batch::with_capacity(most);
     loop {
         {
             let mut faults = inbox.lock();
@@ -109,9 +109,8 @@ fn work(core: &Core, inbox: &Inbox, most: usize) {
                 faults = inbox.filled.wait(faults).unwrap_or_else(|poisoned| poisoned.into_inner());
             }
             let taken = faults.len().min(most);
-            batch.extend(faults.drain(..taken));
+            batch.faults.extend(faults.drain(..taken));
         }
         core.faults(&mut batch, &WaitForReader(core));
-        batch.clear();
     }
 }

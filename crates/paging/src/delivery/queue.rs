@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::{
     core::{AddressSpaceChanging, Core},
     events::{poison_child, read_queue},
-    fault::Arrived,
+    fault::{Arrived, Batch},
     stats::Counter,
 };
 
@@ -69,7 +69,7 @@ impl<'a> Reader<'a> {
     /// pager stops.
     pub(crate) fn next(
         &self,
-        batch: &mut Vec<Arrived>,
+        batch: &mut Batch,
         stop: &impl AsFd,
     ) -> Result<bool, pageferry_uffd::UffdError> {
         loop {
@@ -86,7 +86,7 @@ impl<'a> Reader<'a> {
             }
             let faults = &mut self.inbox().faults;
             if !faults.is_empty() {
-                std::mem::swap(batch, faults);
+                std::mem::swap(&mut batch.faults, faults);
                 return Ok(true);
             }
         }
@@ -121,10 +121,9 @@ pub(crate) fn spawn_reader(
     thread::Builder::new().name(name).spawn(move || {
         surviving_panics(&core, || {
             let reader = Reader::new(&core, &uffd, config);
-            let mut batch = Vec::with_capacity(4 * config.batch);
+            let mut batch = Batch::with_capacity(4 * config.batch);
             while reader.next(&mut batch, &stop)? {
                 core.faults(&mut batch, &reader);
-                batch.clear();
             }
             Ok(())
         });

@@ -1,5 +1,10 @@
 //! Sources and guests that the tests of this crate share.
-#![allow(dead_code, unreachable_pub)] // Each test binary uses a part of it.
+#![allow(dead_code, unreachable_pub, unused_imports)] // Each test binary uses a part of it.
+
+pub mod child;
+mod ledger;
+
+pub use ledger::{Answers, Ledger, Loss, wait_for};
 
 use std::{
     collections::VecDeque,
@@ -14,8 +19,17 @@ use pageferry_memory::{
     Backing, GranuleIndex, GranuleRange, Layout, PageSize, Region, RegionConfig, RegionId,
 };
 use pageferry_paging::{
-    Completion, PageSink, PageSource, Pager, SinkError, SourceError, Span, Urgency,
+    Completion, Delivery, PageSink, PageSource, Pager, SinkError, SourceError, Span, Urgency,
 };
+
+pub const DELIVERIES: [Delivery; 6] = [
+    Delivery::Queue,
+    Delivery::QueueN(3),
+    Delivery::ByThread(3),
+    Delivery::ByCpu(2),
+    Delivery::Sharded(3),
+    Delivery::Signal,
+];
 
 /// The eight bytes at each multiple of eight of the source's memory.
 pub fn word(region: RegionId, offset: u64) -> u64 {
@@ -283,4 +297,39 @@ pub fn span(first: u64, count: u64) -> Span {
 
 pub fn with_pager<R>(pager: &Pager, use_it: impl FnOnce(&Layout) -> R) -> R {
     use_it(pager.layout())
+}
+
+/// A delivery by its name, as printed.
+pub fn delivery_named(name: &str) -> Delivery {
+    DELIVERIES.into_iter().find(|d| d.to_string() == name).unwrap()
+}
+
+/// The numbers below `count` in an order of their own for every `seed`.
+pub fn shuffled(count: u64, seed: u64) -> Vec<u64> {
+    let mut order: Vec<u64> = (0..count).collect();
+    let mut random = Random::new(seed);
+    for index in (1..order.len()).rev() {
+        order.swap(index, random.below(index as u64 + 1) as usize);
+    }
+    order
+}
+
+/// xorshift64.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed + 1) | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        (self.next() >> 16) % bound
+    }
 }

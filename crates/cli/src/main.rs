@@ -1,2 +1,109 @@
-//! The `pageferry` command.
-fn main() {}
+//! The `pageferry` command: what the library can do, for people and for scripts.
+
+#![deny(unsafe_code)]
+
+mod bench;
+mod demo;
+mod doctor;
+mod exit;
+mod output;
+mod serve;
+#[allow(unsafe_code)]
+mod signals;
+mod size;
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+
+use crate::{
+    exit::{Exit, Failure},
+    output::Output,
+    signals::Signals,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  pageferry demo
+  pageferry doctor
+  pageferry serve guest.mem --listen 127.0.0.1:7777
+  pageferry bench faults --threads 8
+  pageferry bench faults --help";
+
+/// Memory of KVM guests and processes that arrives on demand.
+#[derive(Parser, Debug)]
+#[command(name = "pageferry", version, propagate_version = true)]
+#[command(after_help = exit::help(EXAMPLES))]
+struct Cli {
+    /// Print the result as JSON on standard output
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Doctor(doctor::Args),
+    Demo(demo::Args),
+    Serve(serve::Args),
+    Bench(bench::Args),
+    #[command(hide = true)]
+    DemoSource(demo::source::Args),
+}
+
+/// What every command is given.
+#[derive(Debug)]
+struct Context {
+    output: Output,
+    signals: Signals,
+}
+
+impl Context {
+    /// An error if a signal has asked the command to stop.
+    fn stop_if_asked(&self) -> anyhow::Result<()> {
+        match self.signals.caught() {
+            Some(signal) => Err(Failure::interrupted(signal).into()),
+            None => Ok(()),
+        }
+    }
+}
+
+fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
+    match &cli.command {
+        Command::Doctor(args) => doctor::run(args, context),
+        Command::Demo(args) => demo::run(args, context),
+        Command::Serve(args) => serve::run(args, context),
+        Command::Bench(args) => bench::run(args, context),
+        Command::DemoSource(args) => demo::source::run(args, context),
+    }
+}
+
+/// What `--json` prints on standard output when a command fails.
+#[derive(serde::Serialize)]
+struct ErrorReport {
+    error: String,
+    exit_code: u8,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.json);
+    let result = Signals::install()
+        .context("installing the handlers of SIGINT and SIGTERM")
+        .and_then(|signals| run(&cli, &Context { output, signals }));
+    let error = match result {
+        Ok(exit) => return exit.into(),
+        Err(error) => error,
+    };
+    let exit = exit::of_error(&error);
+    eprintln!("pageferry: {error:#}");
+    if output.json() {
+        let report = ErrorReport { error: format!("{error:#}"), exit_code: exit.code() };
+        if let Err(error) = output.write_json(&report) {
+            eprintln!("pageferry: writing to standard output: {error}");
+        }
+    }
+    exit.into()
+}

@@ -1,0 +1,53 @@
+//! `pageferry bench`: measurements that anybody can repeat.
+
+pub(crate) mod case;
+#[allow(unsafe_code)]
+mod engine;
+mod faults;
+#[allow(unsafe_code)]
+pub(crate) mod guest;
+pub(crate) mod histogram;
+#[allow(unsafe_code)]
+pub(crate) mod memory;
+#[allow(unsafe_code)]
+mod reference;
+
+use clap::Subcommand;
+
+use self::{
+    case::Contender,
+    engine::{Engine, Setup},
+};
+use crate::{
+    Context,
+    exit::{self, Exit},
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  pageferry bench faults
+  pageferry bench faults --threads 8,32 --json";
+
+/// Measure this host and the engine on it
+#[derive(clap::Args, Debug)]
+#[command(after_help = exit::help(EXAMPLES))]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    benchmark: Benchmark,
+}
+
+#[derive(Subcommand, Debug)]
+enum Benchmark {
+    Faults(faults::Args),
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    match &args.benchmark {
+        Benchmark::Faults(args) => faults::run(args, &mut engines(), context),
+    }
+}
+
+/// The configurations of the engine that are measured beside the references.
+fn engines() -> Vec<Box<dyn Contender>> {
+    vec![Box::new(Engine::new(Setup::SinglePages)), Box::new(Engine::new(Setup::Defaults))]
+}

@@ -1,0 +1,214 @@
+//! The result of a demonstration, for people and for programs.
+
+use std::{fmt::Write as _, time::Duration};
+
+use pageferry::paging::{Chosen, Completion, Counts, InstallMethod, Latency, Statistics};
+use serde::Serialize;
+
+use super::{Args, guest::Seen, pattern::PAGE, verify::Verified};
+use crate::{
+    output::{Align, Table},
+    size,
+};
+
+/// What a run came to.
+pub(super) struct Run<'a> {
+    pub(super) args: &'a Args,
+    pub(super) bytes: u64,
+    pub(super) chosen: Chosen,
+    pub(super) statistics: Statistics,
+    pub(super) counts: Completion,
+    pub(super) seen: &'a Seen,
+    pub(super) guest_seconds: f64,
+    pub(super) complete_seconds: Option<f64>,
+    pub(super) verified: Verified,
+    pub(super) verify_seconds: f64,
+    pub(super) source_pid: u32,
+}
+
+/// Times in microseconds.
+#[derive(Serialize)]
+struct Micros {
+    count: u64,
+    p50_us: f64,
+    p99_us: f64,
+    max_us: f64,
+}
+
+impl Micros {
+    fn of(latency: &Latency) -> Self {
+        let at = |q| latency.quantile(q).map_or(0.0, micros);
+        Self {
+            count: latency.count(),
+            p50_us: at(0.5),
+            p99_us: at(0.99),
+            max_us: micros(latency.max()),
+        }
+    }
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_nanos() as f64 / 1000.0
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+pub(super) struct Report {
+    /// Every page is what it must be, and the guest read nothing wrong.
+    verified: bool,
+    pages: u64,
+    bytes: u64,
+    /// From the guest's start until all memory was there; without a sweep, until the guest ended.
+    seconds: f64,
+    mb_per_s: f64,
+    /// Accesses of the guest to pages that were not there.
+    faults: u64,
+    /// How long those took, as the guest saw them.
+    p50_us: f64,
+    p99_us: f64,
+    max_us: f64,
+    delivery: String,
+    delivery_why: String,
+    install: InstallMethod,
+    backing: String,
+    threads: u16,
+    workload: super::Workload,
+    opened_by: String,
+    guest_seconds: f64,
+    verify_seconds: f64,
+    first_page_seconds: Option<f64>,
+    wrong_pages: u64,
+    first_wrong_page: Option<u64>,
+    guest_accesses: u64,
+    guest_writes: u64,
+    guest_wrong_reads: u64,
+    granules_from_source: u64,
+    source_pid: u32,
+    counts: Counts,
+    queueing: Micros,
+    fetch: Micros,
+    install_calls: Micros,
+    total: Micros,
+}
+
+impl Report {
+    pub(super) fn new(run: Run<'_>) -> Self {
+        let Run { args, bytes, chosen, statistics, seen, verified, .. } = run;
+        let seconds = run.complete_seconds.unwrap_or(run.guest_seconds);
+        let pages = bytes / PAGE;
+        let install = chosen.install[0];
+        Self {
+            verified: verified.wrong == 0 && seen.wrong == 0 && verified.pages == pages,
+            pages,
+            bytes,
+            seconds,
+            mb_per_s: bytes as f64 / 1e6 / seconds,
+            faults: seen.latency.count(),
+            p50_us: micros(seen.latency.quantile(0.5)),
+            p99_us: micros(seen.latency.quantile(0.99)),
+            max_us: micros(seen.latency.max()),
+            delivery: chosen.delivery.to_string(),
+            delivery_why: chosen.why,
+            install,
+            backing: args.backing.backing().to_string(),
+            threads: args.threads.get(),
+            workload: args.workload,
+            opened_by: chosen.opened_by.to_string(),
+            guest_seconds: run.guest_seconds,
+            verify_seconds: run.verify_seconds,
+            first_page_seconds: statistics.time_to_first_page.map(|time| time.as_secs_f64()),
+            wrong_pages: verified.wrong,
+            first_wrong_page: verified.first_wrong,
+            guest_accesses: seen.touches,
+            guest_writes: seen.writes,
+            guest_wrong_reads: seen.wrong,
+            granules_from_source: run.counts.granules_from_source,
+            source_pid: run.source_pid,
+            counts: statistics.counts,
+            queueing: Micros::of(&statistics.queueing),
+            fetch: Micros::of(&statistics.fetch),
+            install_calls: Micros::of(&statistics.install),
+            total: Micros::of(&statistics.total),
+        }
+    }
+
+    pub(super) fn verified(&self) -> bool {
+        self.verified
+    }
+
+    pub(super) fn render(&self) -> String {
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{name:<12} {value}");
+        };
+        let verdict = if self.verified {
+            format!("all {} pages are right, and so was every read of the guest", self.pages)
+        } else {
+            format!(
+                "WRONG: {} of {} pages (first: {}), {} reads of the guest",
+                self.wrong_pages,
+                self.pages,
+                self.first_wrong_page.map_or("none".into(), |page| page.to_string()),
+                self.guest_wrong_reads
+            )
+        };
+        line("verified", verdict);
+        line(
+            "moved",
+            format!(
+                "{} in {:.3} s ({:.0} MB/s), first page after {:.1} ms",
+                size::display(self.bytes),
+                self.seconds,
+                self.mb_per_s,
+                1000.0 * self.first_page_seconds.unwrap_or(f64::NAN)
+            ),
+        );
+        line(
+            "guest",
+            format!(
+                "{} threads, {} accesses, {} writes in {:.3} s on {}",
+                self.threads,
+                self.guest_accesses,
+                self.guest_writes,
+                self.guest_seconds,
+                self.backing
+            ),
+        );
+        line("delivery", format!("{} ({})", self.delivery, self.delivery_why));
+        line("install", format!("{:?}, userfaultfd opened by {}", self.install, self.opened_by));
+        line(
+            "granules",
+            format!(
+                "{} on demand, {} ahead of demand (of which {} were then waited for), {} zero",
+                self.counts.demand,
+                self.counts.prefetched,
+                self.counts.prefetch_hits,
+                self.counts.zero
+            ),
+        );
+        text.push('\n');
+        let mut table = Table::new(&[
+            ("time", Align::Left),
+            ("count", Align::Right),
+            ("p50 us", Align::Right),
+            ("p99 us", Align::Right),
+            ("max us", Align::Right),
+        ]);
+        let mut row = |name: &str, count: u64, p50: f64, p99: f64, max: f64| {
+            let cell = |micros: f64| format!("{micros:.1}");
+            table.row(vec![name.into(), count.to_string(), cell(p50), cell(p99), cell(max)]);
+        };
+        row("fault, seen by guest", self.faults, self.p50_us, self.p99_us, self.max_us);
+        for (name, times) in [
+            ("fault, in engine", &self.total),
+            ("  before its claim", &self.queueing),
+            ("  fetch", &self.fetch),
+            ("install of an answer", &self.install_calls),
+        ] {
+            row(name, times.count, times.p50_us, times.p99_us, times.max_us);
+        }
+        text.push_str(&table.render());
+        text
+    }
+}

@@ -1,0 +1,125 @@
+//! The other process: it holds the memory and serves it.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use pageferry::{
+    memory::{Backing, Layout, PageSize, Region, RegionConfig},
+    migrate::{Endpoint, MemoryStore, PageServer, ServerOptions},
+};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::pattern::Pattern;
+use crate::{Context, exit::Exit};
+
+/// Serves a patterned memory to `pageferry demo`
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    #[arg(long)]
+    bytes: u64,
+    #[arg(long)]
+    granule: u64,
+    #[arg(long)]
+    seed: u64,
+    #[arg(long)]
+    delay_us: u64,
+}
+
+/// What the source says once it serves, in front of its address.
+const READY: &str = "serving ";
+
+pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    // However the destination ends, this process does not outlive it.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    let mut config = RegionConfig::new(args.bytes, Backing::Anonymous);
+    config.granule = PageSize::try_new(args.granule);
+    let region = Region::new(&config)?;
+    Pattern { seed: args.seed }.fill(region.guest_view())?;
+    let layout = Arc::new(Layout::new(vec![Arc::new(region)])?);
+    let mut options = ServerOptions::default();
+    options.delay = Duration::from_micros(args.delay_us);
+    let endpoint: Endpoint = "127.0.0.1:0".parse()?;
+    let server = PageServer::bind(&endpoint, Arc::new(MemoryStore::new(layout)), options)?;
+    println!("{READY}{}", server.local_endpoint());
+    std::io::stdout().flush()?;
+    // The destination holds the other end of our standard input, and closes it when it is done.
+    let stdin = std::io::stdin();
+    loop {
+        let mut fds =
+            [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&context.signals, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error).context("waiting for the destination"),
+        }
+        let mut byte = [0];
+        let closed = !fds[0].revents().is_empty() && stdin.lock().read(&mut byte)? == 0;
+        if closed || context.signals.caught().is_some() {
+            break;
+        }
+    }
+    server.stop();
+    Ok(Exit::Success)
+}
+
+/// The source process, as the destination sees it. Dropping it ends it.
+pub(super) struct Source {
+    child: Child,
+    pub(super) endpoint: Endpoint,
+}
+
+impl Source {
+    /// Starts it and waits until it serves.
+    pub(super) fn start(
+        bytes: u64,
+        granule: u64,
+        pattern: Pattern,
+        delay: Duration,
+    ) -> anyhow::Result<Self> {
+        let myself = std::env::current_exe().context("finding this program to start the source")?;
+        let mut child = Command::new(&myself)
+            .arg("demo-source")
+            .args(["--bytes", &bytes.to_string()])
+            .args(["--granule", &granule.to_string()])
+            .args(["--seed", &pattern.seed.to_string()])
+            .args(["--delay-us", &delay.as_micros().to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {} as the source", myself.display()))?;
+        let stdout = child.stdout.take().context("the source has a standard output")?;
+        let mut line = String::new();
+        let read = BufReader::new(stdout).read_line(&mut line);
+        let endpoint = match read {
+            Ok(_) => line.trim_end().strip_prefix(READY).map(str::parse),
+            Err(_) => None,
+        };
+        match endpoint {
+            Some(Ok(endpoint)) => Ok(Self { child, endpoint }),
+            _ => {
+                // It may have ended by itself; then there is nothing to kill.
+                let _ = child.kill();
+                let status = child.wait()?;
+                bail!("the source process ended before it served anything ({status})")
+            }
+        }
+    }
+
+    /// Its process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        if let Err(error) = self.child.wait() {
+            eprintln!("pageferry: waiting for the source process: {error}");
+        }
+    }
+}

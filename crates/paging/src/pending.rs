@@ -85,9 +85,11 @@ fn decode(word: u64) -> Remembered {
     }
 }
 
-/// Nanoseconds from a remembered time to `now`, whatever wrapped in between.
+/// Nanoseconds from a remembered time to `now`, whatever wrapped in between. Zero if the time is
+/// the later one: a thread may come to wait for a granule whose bytes have just arrived.
 pub(crate) fn elapsed(at: u64, now: u64) -> u64 {
-    ((now >> UNIT_SHIFT).wrapping_sub(at >> UNIT_SHIFT) & TIME_MASK) << UNIT_SHIFT
+    let units = (now >> UNIT_SHIFT).wrapping_sub(at >> UNIT_SHIFT) & TIME_MASK;
+    if units > TIME_MASK / 2 { 0 } else { units << UNIT_SHIFT }
 }
 
 #[cfg(test)]
@@ -111,5 +113,6 @@ mod tests {
     fn time_wraps() {
         assert_eq!(elapsed(((TIME_MASK - 1) << UNIT_SHIFT) & !15, TIME_MASK << UNIT_SHIFT), 16);
         assert_eq!(elapsed(TIME_MASK << UNIT_SHIFT, 0), 16);
+        assert_eq!(elapsed(3200, 1600), 0);
     }
 }

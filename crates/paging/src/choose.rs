@@ -18,8 +18,11 @@ pub struct Hints {
     pub user_mode_only: bool,
 }
 
-/// A delivery with every number filled in, and the reason.
-pub(crate) fn delivery(
+/// What a pager would choose: a delivery with every number filled in, and the reason.
+///
+/// `signal_safe_source` is [`PageSource::signal_safe`](crate::PageSource::signal_safe) of the source,
+/// `signal_available` whether the kernel offers UFFD_FEATURE_SIGBUS.
+pub fn choose_delivery(
     wanted: Delivery,
     hints: Hints,
     signal_safe_source: bool,
@@ -114,18 +117,18 @@ mod tests {
     #[test]
     fn auto_uses_signals_only_where_they_are_sound() {
         let all = Hints { guest_threads: Some(2), user_mode_only: true };
-        assert_eq!(delivery(Delivery::Auto, all, true, true).0, Delivery::Signal);
-        assert_ne!(delivery(Delivery::Auto, all, false, true).0, Delivery::Signal);
-        assert_ne!(delivery(Delivery::Auto, all, true, false).0, Delivery::Signal);
+        assert_eq!(choose_delivery(Delivery::Auto, all, true, true).0, Delivery::Signal);
+        assert_ne!(choose_delivery(Delivery::Auto, all, false, true).0, Delivery::Signal);
+        assert_ne!(choose_delivery(Delivery::Auto, all, true, false).0, Delivery::Signal);
         let kernel = Hints { user_mode_only: false, ..all };
-        assert_ne!(delivery(Delivery::Auto, kernel, true, true).0, Delivery::Signal);
+        assert_ne!(choose_delivery(Delivery::Auto, kernel, true, true).0, Delivery::Signal);
     }
 
     #[test]
     fn counts_are_filled_in_and_kept() {
         let none = Hints::default();
-        assert_eq!(delivery(Delivery::Sharded(3), none, false, true).0, Delivery::Sharded(3));
-        let Delivery::QueueN(n) = delivery(Delivery::QueueN(0), none, false, true).0 else {
+        assert_eq!(choose_delivery(Delivery::Sharded(3), none, false, true).0, Delivery::Sharded(3));
+        let Delivery::QueueN(n) = choose_delivery(Delivery::QueueN(0), none, false, true).0 else {
             panic!("the kind of delivery changed")
         };
         assert!(n >= 1);

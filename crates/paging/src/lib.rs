@@ -31,7 +31,7 @@ mod staging;
 mod stats;
 mod views;
 
-pub use choose::Hints;
+pub use choose::{Hints, choose_delivery};
 pub use delivery::Delivery;
 pub use histogram::Latency;
 pub use install::InstallMethod;

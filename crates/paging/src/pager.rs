@@ -261,7 +261,7 @@ impl Builder {
         let available = probe.negotiated().available;
         let signal_available = available.contains(Features::SIGBUS);
         let (delivery, why) =
-            choose::delivery(self.delivery, self.hints, signal_safe, signal_available);
+            choose::choose_delivery(self.delivery, self.hints, signal_safe, signal_available);
         match delivery {
             Delivery::Signal => required |= Features::SIGBUS,
             Delivery::ByThread(_) | Delivery::ByCpu(_) => required |= Features::THREAD_ID,
@@ -492,6 +492,8 @@ impl Pager {
         }
         core.from_source.store(0, Release);
         core.poisoned_by_source.store(0, Release);
+        // Before it is attached: from then on it can be lost.
+        core.health().lost = None;
         let generation = core.source.next_generation();
         let sink = AttachedSink { core: Arc::clone(core), generation };
         if let Err(error) = source.attach(Arc::new(sink)) {
@@ -499,7 +501,6 @@ impl Pager {
             core.health().lost = Some(error.to_string());
             return Err(error);
         }
-        core.health().lost = None;
         core.source.install(source);
         core.note_source_change();
         core.wake_everything();

@@ -1,6 +1,6 @@
 //! Pageferry's engine as a contender, with a source that has every page at hand.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, str::FromStr, sync::Arc};
 
 use anyhow::Context as _;
 use pageferry::{
@@ -18,6 +18,7 @@ use super::{
     guest,
     memory::Memory,
 };
+use crate::size;
 
 /// How the engine is set up.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -28,6 +29,19 @@ pub(crate) enum Setup {
     Defaults,
     /// Single pages but for blocks of this many bytes around each fault.
     Around(u64),
+}
+
+impl FromStr for Setup {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("around:")) {
+            ("single", _) => Ok(Self::SinglePages),
+            ("defaults", _) => Ok(Self::Defaults),
+            (_, Some(bytes)) => Ok(Self::Around(size::parse(bytes)?)),
+            _ => Err(format!("{text:?} is not single, defaults or around:SIZE")),
+        }
+    }
 }
 
 /// The engine.

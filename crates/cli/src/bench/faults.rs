@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use self::report::{Report, Row};
 use super::{
     case::{Access, Backing, Case, Contender, Delivery, Kind, Measurement, Order},
+    engine::{Engine, Setup},
     histogram::Histogram,
     reference::{Raw, Reader},
 };
@@ -25,6 +26,7 @@ Examples:
   pageferry bench faults
   pageferry bench faults --threads 8,32 --delivery signal,queue --rounds 9
   pageferry bench faults --backing memfd --kind minor --json > faults.json
+  pageferry bench faults --engine single,around:64KiB --order sequential
 
 Each case runs on fresh memory. In every round all contenders of a group (same threads, backing
 and kind) run one after another, in an order that turns from round to round; the first round warms
@@ -55,6 +57,15 @@ pub(super) struct Args {
     /// Kinds of fault to measure; minor faults need a memfd [default: all]
     #[arg(long, value_delimiter = ',', value_enum, value_name = "NAME,...")]
     kind: Vec<Kind>,
+    /// Ways to set the engine up: single (one page a fault), defaults (merged installs, fault-around
+    /// and streams as an embedder gets them, no sweep), around:SIZE (blocks around each fault)
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "single,defaults",
+        value_name = "SETUP,..."
+    )]
+    engine: Vec<Setup>,
     /// Order in which each thread touches its pages
     #[arg(long, value_enum, default_value = "random")]
     order: Order,
@@ -209,11 +220,11 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-pub(super) fn run(
-    args: &Args,
-    engines: &mut [Box<dyn Contender>],
-    context: &Context,
-) -> anyhow::Result<Exit> {
+pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    let mut engines: Vec<Box<dyn Contender>> = Vec::new();
+    for setup in &args.engine {
+        engines.push(Box::new(Engine::new(*setup)));
+    }
     let groups = args.groups()?;
     let rounds = args.rounds.get();
     let cases: usize = groups.iter().map(|group| group.cases.len()).sum();
@@ -223,7 +234,7 @@ pub(super) fn run(
     progress.set_style(ProgressStyle::with_template(style)?);
     let mut report = Report::new(args, rounds);
     for group in &groups {
-        measure(group, rounds, engines, context, &progress, &mut report)?;
+        measure(group, rounds, &mut engines, context, &progress, &mut report)?;
     }
     progress.finish_and_clear();
     report.write(context.output)?;

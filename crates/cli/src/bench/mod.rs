@@ -14,10 +14,6 @@ mod reference;
 
 use clap::Subcommand;
 
-use self::{
-    case::Contender,
-    engine::{Engine, Setup},
-};
 use crate::{
     Context,
     exit::{self, Exit},
@@ -43,11 +39,6 @@ enum Benchmark {
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     match &args.benchmark {
-        Benchmark::Faults(args) => faults::run(args, &mut engines(), context),
+        Benchmark::Faults(args) => faults::run(args, context),
     }
-}
-
-/// The configurations of the engine that are measured beside the references.
-fn engines() -> Vec<Box<dyn Contender>> {
-    vec![Box::new(Engine::new(Setup::SinglePages)), Box::new(Engine::new(Setup::Defaults))]
 }

@@ -1,5 +1,6 @@
 //! The deliveries that would be picked on this host.
 
+use pageferry::paging::{Delivery, Hints, choose_delivery};
 use serde::Serialize;
 
 use super::finding::{Finding, Status};
@@ -10,42 +11,26 @@ use crate::output::{Align, Table};
 pub(super) struct Pick {
     /// Whose faults.
     guest: &'static str,
-    delivery: &'static str,
-    why: &'static str,
+    delivery: String,
+    why: String,
 }
 
-/// What would be picked; nothing where no fault can be served.
+/// What the engine's own choice would be; nothing where no fault can be served.
 pub(super) fn picks(findings: &[Finding]) -> Vec<Pick> {
     let works = |id: &str| findings.iter().any(|f| f.id == id && f.status == Status::Works);
-    let mut picks = Vec::new();
     if !works("missing.anonymous") {
-        return picks;
+        return Vec::new();
     }
-    picks.push(if works("sigbus") {
-        Pick {
-            guest: "threads that touch the memory in user mode only",
-            delivery: "signal",
-            why: "each thread resolves its own faults; nothing is queued",
-        }
-    } else {
-        Pick {
-            guest: "threads that touch the memory in user mode only",
-            delivery: "queue",
-            why: "the kernel has no userfaultfd by SIGBUS",
-        }
-    });
+    let pick = |guest, user_mode_only| {
+        let hints = Hints { guest_threads: None, user_mode_only };
+        let (delivery, why) = choose_delivery(Delivery::Auto, hints, true, works("sigbus"));
+        Pick { guest, delivery: delivery.to_string(), why }
+    };
+    let mut picks = vec![pick("threads that touch the memory in user mode only", true)];
     if works("kernel-faults") {
-        picks.push(Pick {
-            guest: "threads that also pass the memory to system calls",
-            delivery: "queue",
-            why: "faults inside the kernel wait only on the queue",
-        });
+        picks.push(pick("threads that also pass the memory to system calls", false));
         if works("kvm-runs") {
-            picks.push(Pick {
-                guest: "KVM guests",
-                delivery: "queue",
-                why: "faults inside KVM wait only on the queue",
-            });
+            picks.push(pick("KVM guests", false));
         }
     }
     picks
@@ -61,7 +46,7 @@ pub(super) fn render(picks: &[Pick]) -> String {
         ("because", Align::Left),
     ]);
     for Pick { guest, delivery, why } in picks {
-        table.row(vec![format!("  {guest}"), (*delivery).to_owned(), (*why).to_owned()]);
+        table.row(vec![format!("  {guest}"), delivery.clone(), why.clone()]);
     }
     format!("\nDeliveries\n{}", table.render())
 }
@@ -75,18 +60,17 @@ mod tests {
         let found = |ids: &[&str]| -> Vec<Finding> {
             ids.iter().map(|id| Finding::works(Group::Userfaultfd, id, id)).collect()
         };
-        let cases: [(&[&str], &[&str]); 5] = [
+        // Whether each pick is by signal; which queue it is otherwise depends on the CPUs.
+        let cases: [(&[&str], &[bool]); 5] = [
             (&[], &[]),
             (&["sigbus", "kernel-faults", "kvm-runs"], &[]),
-            (&["missing.anonymous"], &["queue"]),
-            (&["missing.anonymous", "sigbus"], &["signal"]),
-            (
-                &["missing.anonymous", "sigbus", "kernel-faults", "kvm-runs"],
-                &["signal", "queue", "queue"],
-            ),
+            (&["missing.anonymous"], &[false]),
+            (&["missing.anonymous", "sigbus"], &[true]),
+            (&["missing.anonymous", "sigbus", "kernel-faults", "kvm-runs"], &[true, false, false]),
         ];
         for (ids, expected) in cases {
-            let got: Vec<&str> = picks(&found(ids)).iter().map(|pick| pick.delivery).collect();
+            let picks = picks(&found(ids));
+            let got: Vec<bool> = picks.iter().map(|pick| pick.delivery == "signal").collect();
             assert_eq!(got, expected, "{ids:?}");
         }
     }

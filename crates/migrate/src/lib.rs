@@ -1,1 +1,29 @@
-//! Pageferry.
+//! The page-transfer protocol of Pageferry: how memory comes from a peer, page by page.
+//!
+//! * [`core`]: the protocol without I/O. The bytes are drawn in `docs/protocol.md`.
+//! * [`PeerSource`]: the destination's end, a [`PageSource`](pageferry_paging::PageSource).
+//! * [`PageServer`]: the source's end, which serves any [`PageStore`] to any number of clients.
+//! * [`PeerReader`]: reads a peer's memory without taking it over.
+
+#![deny(unsafe_code)]
+
+pub mod core;
+pub mod fuzz;
+
+mod endpoint;
+mod error;
+mod net;
+mod peer;
+mod reader;
+mod server;
+mod store;
+
+pub use endpoint::{Endpoint, EndpointError};
+pub use error::MigrateError;
+pub use net::Piece;
+pub use peer::{PeerOptions, PeerSource};
+pub use reader::PeerReader;
+pub use server::{
+    PageServer, ServerObserver, ServerOptions, ServerStats, SessionInfo, SessionOutcome,
+};
+pub use store::{ImageStore, MemoryStore, PageKind, PageStore, Placement};

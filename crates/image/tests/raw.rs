@@ -1,0 +1,321 @@
+//! A raw image as a source: real files, whole, short, sparse, and unreadable in the middle.
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    sync::{Arc, Mutex},
+};
+
+use pageferry_image::{ImageError, RawImage};
+use pageferry_memory::{
+    Advice, Backing, GranuleIndex, GranuleRange, GuestAddress, HostRange, ImageOffset, Layout,
+    Mapping, PageSize, Region, RegionConfig, RegionId,
+};
+use pageferry_paging::{Fill, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
+
+const PAGE: u64 = 4096;
+
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+enum Answer {
+    Data(u8),
+    Zero,
+    Poison,
+}
+
+/// Records one answer a granule; data must be the same byte all over.
+struct Sink {
+    layout: Layout,
+    piece: u64,
+    answers: Mutex<Vec<(u16, u64, Answer)>>,
+    calls: Mutex<u32>,
+    /// Is reported as not installed.
+    refuse: Option<u64>,
+    /// Stops here.
+    stop_at: Option<u64>,
+}
+
+impl Sink {
+    fn new(layout: Layout, piece: u64) -> Arc<Self> {
+        Arc::new(Self {
+            layout,
+            piece,
+            answers: Mutex::default(),
+            calls: Mutex::default(),
+            refuse: None,
+            stop_at: None,
+        })
+    }
+
+    fn push_all(&self, span: Span, answer: Answer) {
+        *self.calls.lock().unwrap() += 1;
+        let region = span.region.get();
+        let all = span.granules.iter().map(|g| (region, g.get(), answer));
+        self.answers.lock().unwrap().extend(all);
+    }
+
+    /// The answers of a region by granule; panics if one has another number of answers than one.
+    fn by_granule(&self, region: u16) -> Vec<Answer> {
+        let mut answers = self.answers.lock().unwrap().clone();
+        answers.retain(|(r, _, _)| *r == region);
+        answers.sort_by_key(|(_, g, _)| *g);
+        for (n, (_, granule, _)) in answers.iter().enumerate() {
+            assert_eq!(*granule, n as u64, "not one answer each: {answers:?}");
+        }
+        answers.into_iter().map(|(_, _, answer)| answer).collect()
+    }
+}
+
+impl PageSink for Sink {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn page(&self, _span: Span, _bytes: &[u8]) -> Result<(), SinkError> {
+        panic!("images are read in place")
+    }
+
+    fn fill(&self, span: Span, fill: &mut Fill<'_>) -> Result<(), SinkError> {
+        *self.calls.lock().unwrap() += 1;
+        let size = self.layout.get(span.region).unwrap().granule().bytes();
+        let mut rest = span.granules;
+        while !rest.is_empty() {
+            let (piece, after) = rest.split_at(self.piece.min(rest.count()));
+            if self.stop_at.is_some_and(|at| piece.contains(GranuleIndex::new(at))) {
+                return Err(SinkError::Stopped);
+            }
+            let mut bytes = vec![0xcc; (piece.count() * size) as usize];
+            fill(&mut bytes)?;
+            for (granule, bytes) in piece.iter().zip(bytes.chunks(size as usize)) {
+                assert!(bytes.iter().all(|byte| *byte == bytes[0]), "mixed up");
+                let answer = (span.region.get(), granule.get(), Answer::Data(bytes[0]));
+                self.answers.lock().unwrap().push(answer);
+            }
+            rest = after;
+        }
+        if self.refuse.is_some_and(|at| span.granules.contains(GranuleIndex::new(at))) {
+            return Err(SinkError::Install { span, why: "on purpose".into() });
+        }
+        Ok(())
+    }
+
+    fn zero(&self, span: Span) -> Result<(), SinkError> {
+        self.push_all(span, Answer::Zero);
+        Ok(())
+    }
+
+    fn poison(&self, span: Span) -> Result<(), SinkError> {
+        self.push_all(span, Answer::Poison);
+        Ok(())
+    }
+
+    fn push(&self, _span: Span, _bytes: &[u8]) -> Result<u64, SinkError> {
+        panic!("nothing is pushed")
+    }
+
+    fn lost(&self, why: SourceError) {
+        panic!("a file is never lost: {why}")
+    }
+}
+
+/// Regions of (granules, granule bytes, image offset).
+fn layout(regions: &[(u64, u64, u64)]) -> Layout {
+    let regions = regions
+        .iter()
+        .enumerate()
+        .map(|(n, (granules, granule, offset))| {
+            let mut config = RegionConfig::new(granules * granule, Backing::Anonymous);
+            config.guest_base = GuestAddress::new((n as u64) << 40);
+            config.granule = PageSize::try_new(*granule);
+            config.image_offset = ImageOffset::new(*offset);
+            Arc::new(Region::new(&config).unwrap())
+        })
+        .collect();
+    Layout::new(regions).unwrap()
+}
+
+fn span(region: u16, first: u64, count: u64) -> Span {
+    Span {
+        region: RegionId::new(region),
+        granules: GranuleRange::new(GranuleIndex::new(first), count),
+    }
+}
+
+/// A file of `pages` pages, each filled with its number plus one.
+fn image(pages: u64) -> File {
+    let file = tempfile::tempfile().unwrap();
+    for page in 0..pages {
+        file.write_all_at(&[page as u8 + 1; PAGE as usize], page * PAGE).unwrap();
+    }
+    file
+}
+
+fn data(pages: std::ops::Range<u8>) -> Vec<Answer> {
+    pages.map(|page| Answer::Data(page + 1)).collect()
+}
+
+#[test]
+fn several_regions_in_one_file() {
+    let image = RawImage::from_file(image(24), "image").unwrap();
+    assert_eq!((image.length(), image.label()), (24 * PAGE, "image"));
+    assert!(image.signal_safe() && image.answers_inline());
+    for piece in [1, 3, 100] {
+        let sink =
+            Sink::new(layout(&[(8, PAGE, 8 * PAGE), (8, PAGE, 0), (8, PAGE, 16 * PAGE)]), piece);
+        image.attach(sink.clone()).unwrap();
+        assert_eq!(image.shortfall(), 0);
+        for region in 0..3 {
+            image.request(span(region, 0, 5), Urgency::Demand, &*sink).unwrap();
+            image.request(span(region, 5, 3), Urgency::Prefetch, &*sink).unwrap();
+        }
+        assert_eq!(*sink.calls.lock().unwrap(), 6, "a contiguous run is one answer");
+        assert_eq!(sink.by_granule(0), data(8..16));
+        assert_eq!(sink.by_granule(1), data(0..8));
+        assert_eq!(sink.by_granule(2), data(16..24));
+        image.detach();
+    }
+}
+
+#[test]
+fn shorter_than_the_memory() {
+    let file = image(6);
+    // The sixth page is cut in half: it cannot come, and must not come half.
+    file.set_len(5 * PAGE + PAGE / 2).unwrap();
+    let image = RawImage::from_file(file, "short").unwrap();
+    let sink = Sink::new(layout(&[(10, PAGE, 0), (4, PAGE, 100 * PAGE)]), 4);
+    image.attach(sink.clone()).unwrap();
+    assert_eq!(image.shortfall(), 9 * PAGE);
+    image.request(span(0, 0, 10), Urgency::Demand, &*sink).unwrap();
+    image.request(span(1, 0, 4), Urgency::Demand, &*sink).unwrap();
+    assert_eq!(sink.by_granule(0), [data(0..5), vec![Answer::Poison; 5]].concat());
+    assert_eq!(sink.by_granule(1), [Answer::Poison; 4]);
+}
+
+#[test]
+fn an_empty_image() {
+    let image = RawImage::from_file(tempfile::tempfile().unwrap(), "empty").unwrap();
+    let sink = Sink::new(layout(&[(3, PAGE, 0)]), 1);
+    image.attach(sink.clone()).unwrap();
+    image.request(span(0, 0, 3), Urgency::Demand, &*sink).unwrap();
+    assert_eq!(sink.by_granule(0), [Answer::Poison; 3]);
+}
+
+#[test]
+fn holes_are_zero_without_being_read() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(40 * PAGE).unwrap();
+    for page in [3u64, 4, 20] {
+        file.write_all_at(&[page as u8 + 1; PAGE as usize], page * PAGE).unwrap();
+    }
+    let image = RawImage::from_file(file, "sparse").unwrap();
+    // What the file system says is what counts; one that keeps no holes makes it all data.
+    let sparse = image.holes(0, PAGE, 40) == (true, 3);
+    if !sparse {
+        println!("skipped: needs a file system with SEEK_HOLE at page granularity");
+        return;
+    }
+    let sink = Sink::new(layout(&[(40, PAGE, 0)]), 7);
+    image.attach(sink.clone()).unwrap();
+    image.request(span(0, 0, 40), Urgency::Prefetch, &*sink).unwrap();
+    let mut want = vec![Answer::Zero; 40];
+    for page in [3u8, 4, 20] {
+        want[usize::from(page)] = Answer::Data(page + 1);
+    }
+    assert_eq!(sink.by_granule(0), want);
+    assert_eq!(*sink.calls.lock().unwrap(), 5);
+
+    // A granule that is part hole and part data is data.
+    let sink = Sink::new(layout(&[(2, 4 * PAGE, 8 * PAGE)]), 1);
+    image.request(span(0, 0, 2), Urgency::Demand, &*sink).unwrap();
+    assert_eq!(sink.by_granule(0), [Answer::Zero; 2]);
+}
+
+/// This process's own memory as an image, with a gap in it that no read gets over (EIO).
+fn memory_image(pages: u64, gap: std::ops::Range<u64>) -> (RawImage, Mapping, u64) {
+    let mapping = Mapping::anonymous(pages * PAGE).unwrap();
+    for page in 0..pages {
+        mapping.write_at(page * PAGE, &[page as u8 + 1; PAGE as usize]).unwrap();
+    }
+    let start = mapping.range().start();
+    let base = start.get();
+    let range =
+        HostRange::new(start.checked_add(gap.start * PAGE).unwrap(), (gap.end - gap.start) * PAGE);
+    mapping.advise(range, Advice::DontNeed).unwrap();
+    close_off(range);
+    let file = File::open("/proc/self/mem").unwrap();
+    (RawImage::from_file_sized(file, "own memory", i64::MAX as u64), mapping, base)
+}
+
+/// Makes `range` unreadable even for /proc/self/mem, by replacing it with pages of a file that
+/// has none.
+fn close_off(range: HostRange) {
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
+    let empty = tempfile::tempfile().unwrap();
+    // SAFETY: the range belongs to a mapping of this test, of which nobody holds a reference.
+    let mapped = unsafe {
+        mmap(
+            range.start().as_ptr().cast(),
+            range.len() as usize,
+            ProtFlags::READ,
+            MapFlags::PRIVATE | MapFlags::FIXED,
+            &empty,
+            0,
+        )
+    };
+    mapped.unwrap();
+}
+
+#[test]
+fn unreadable_in_the_middle() {
+    for piece in [1, 4, 5, 32] {
+        let (image, _mapping, base) = memory_image(20, 7..9);
+        let mut byte = [0];
+        let error = image.read_at(base + 7 * PAGE, &mut byte).unwrap_err();
+        assert!(matches!(&error, ImageError::Read { .. }), "{error}");
+        assert_eq!(
+            std::error::Error::source(&error).map(|e| e.to_string()).as_deref(),
+            Some("Input/output error (os error 5)")
+        );
+
+        let sink = Sink::new(layout(&[(20, PAGE, base)]), piece);
+        image.attach(sink.clone()).unwrap();
+        image.request(span(0, 0, 20), Urgency::Demand, &*sink).unwrap();
+        let want = [data(0..7), vec![Answer::Poison; 2], data(9..20)].concat();
+        assert_eq!(sink.by_granule(0), want, "pieces of {piece}");
+    }
+}
+
+/// A sink that cannot install one granule still gets all the others; one that has stopped gets
+/// nothing more.
+#[test]
+fn sinks_that_refuse() {
+    let (image, _mapping, base) = memory_image(20, 7..9);
+    let mut sink = Sink::new(layout(&[(20, PAGE, base)]), 4);
+    Arc::get_mut(&mut sink).unwrap().refuse = Some(6);
+    image.request(span(0, 0, 20), Urgency::Demand, &*sink).unwrap();
+    assert_eq!(sink.by_granule(0).len(), 20);
+
+    let mut sink = Sink::new(layout(&[(20, PAGE, base)]), 1);
+    Arc::get_mut(&mut sink).unwrap().stop_at = Some(12);
+    image.request(span(0, 0, 20), Urgency::Demand, &*sink).unwrap();
+    assert_eq!(sink.by_granule(0).len(), 12);
+}
+
+#[test]
+fn what_cannot_be_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("none");
+    let error = RawImage::open(&path).unwrap_err();
+    assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+    let error = RawImage::open("/dev/null").unwrap_err();
+    assert!(matches!(error, ImageError::Examine { .. }), "{error}");
+
+    let image = RawImage::from_file(image(1), "small").unwrap();
+    let sink = Sink::new(layout(&[(1, PAGE, i64::MAX as u64 - PAGE + 1)]), 1);
+    assert!(matches!(image.attach(sink), Err(SourceError::Mismatch(_))));
+    let sink = Sink::new(layout(&[(1, PAGE, 0)]), 1);
+    for outside in [span(0, 0, 2), span(0, 5, 1), span(3, 0, 1)] {
+        let answer = image.request(outside, Urgency::Demand, &*sink);
+        assert!(matches!(answer, Err(SourceError::Mismatch(_))));
+    }
+    assert!(sink.answers.lock().unwrap().is_empty());
+}

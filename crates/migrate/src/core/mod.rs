@@ -1,0 +1,37 @@
+//! The protocol without any I/O: bytes to frames and back, and which frame is legal when.
+//!
+//! Nothing here opens a socket, starts a thread or reads a clock, so that all of it runs under
+//! property tests and fuzzing. The bytes are drawn in `docs/protocol.md`.
+
+mod client;
+mod decoder;
+mod encoder;
+mod error;
+mod frame;
+mod geometry;
+mod hello;
+mod outstanding;
+mod queue;
+mod server;
+mod table;
+
+#[cfg(test)]
+mod tests;
+
+pub use client::ClientSession;
+pub use decoder::{Decoder, Item};
+pub use encoder::Encoder;
+pub use error::{Kind, Phase, ProtocolError};
+pub use frame::{
+    Channel, Counts, DataHeader, FRAME_MAGIC, Frame, HEADER_LEN, MAX_CONTROL, MAX_REGIONS,
+    MAX_TEXT, Refusal, RefusalCode, WireSpan,
+};
+pub use geometry::{Geometry, REGION_IMAGE, REGION_LEN, RegionInfo};
+pub use hello::{
+    DEFAULT_MAX_PAYLOAD, FEATURES, Features, HELLO_LEN, HELLO_MAGIC, Hello, MIN_MAX_PAYLOAD, Role,
+    SessionId, Terms, VERSION_MAX, VERSION_MIN,
+};
+pub use outstanding::Outstanding;
+pub use queue::RequestQueue;
+pub use server::ServerSession;
+pub use table::{client_next, server_next};

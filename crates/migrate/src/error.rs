@@ -1,0 +1,108 @@
+//! What can go wrong between two peers.
+
+use std::{io, time::Duration};
+
+use pageferry_paging::SourceError;
+
+use crate::{
+    Endpoint,
+    core::{Counts, ProtocolError, WireSpan},
+};
+
+/// Why a connection to a peer failed, or never came to be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MigrateError {
+    /// No connection can be made.
+    #[error("connecting to {endpoint}: {error}")]
+    Connect {
+        /// Where to.
+        endpoint: Endpoint,
+        /// What the kernel said.
+        #[source]
+        error: io::Error,
+    },
+    /// The server cannot listen there.
+    #[error("listening at {endpoint}: {error}")]
+    Bind {
+        /// Where.
+        endpoint: Endpoint,
+        /// What the kernel said.
+        #[source]
+        error: io::Error,
+    },
+    /// A system call failed on an open connection.
+    #[error("{what}: {error}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        error: io::Error,
+    },
+    /// The peer broke the protocol, or says that this side did.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    /// The peer has sent nothing for so long that it counts as gone.
+    #[error("nothing heard from the peer for {after:?}")]
+    Silent {
+        /// How long.
+        after: Duration,
+    },
+    /// The peer took too long over something that has an end.
+    #[error("{what} took longer than {after:?}")]
+    TimedOut {
+        /// Over what.
+        what: &'static str,
+        /// The limit.
+        after: Duration,
+    },
+    /// The connection ended without a goodbye.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The peer said goodbye while it still was needed.
+    #[error("the peer left before the memory was complete")]
+    Left,
+    /// The peer's memory and this side's do not fit.
+    #[error("the peer's memory does not fit: {0}")]
+    Mismatch(String),
+    /// The engine says it installed more than the peer ever answered.
+    #[error("completion: {installed} claimed, but the peer answered only {answered}")]
+    MoreThanAnswered {
+        /// What the engine counted.
+        installed: Counts,
+        /// What came over the connections.
+        answered: Counts,
+    },
+    /// The memory being filled refused an answer.
+    #[error("answer refused by the memory: {0}")]
+    Sink(String),
+    /// The peer says that a granule can never come.
+    #[error("{span}: granule {granule} is poisoned at the peer")]
+    Poisoned {
+        /// What was being read.
+        span: WireSpan,
+        /// The first such granule.
+        granule: u64,
+    },
+    /// A second attach, or a use before the first.
+    #[error("{0}")]
+    Misuse(&'static str),
+    /// This side is leaving.
+    #[error("stopped")]
+    Stopped,
+}
+
+impl MigrateError {
+    /// The same, in the engine's terms.
+    #[must_use]
+    pub fn to_source_error(&self) -> SourceError {
+        match self {
+            Self::Protocol(_) | Self::Sink(_) | Self::MoreThanAnswered { .. } => {
+                SourceError::Protocol(self.to_string())
+            }
+            Self::Mismatch(_) => SourceError::Mismatch(self.to_string()),
+            _ => SourceError::Lost(self.to_string()),
+        }
+    }
+}

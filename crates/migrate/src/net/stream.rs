@@ -1,0 +1,184 @@
+//! A connected TCP or Unix stream socket.
+
+use std::{
+    io::{self, IoSliceMut},
+    net::{TcpStream, ToSocketAddrs},
+    time::Duration,
+};
+
+use rustix::{
+    fd::{AsFd, OwnedFd},
+    io::Errno,
+    net::{
+        AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+        sockopt::{self, Timeout},
+    },
+};
+
+use super::{Piece, piece::send_pieces};
+use crate::Endpoint;
+
+/// How long a call on a stream may block.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Timeouts {
+    /// Until a read gives up, and the reader looks around.
+    pub(crate) read: Duration,
+    /// Without a byte of progress, until a write gives up.
+    pub(crate) write: Duration,
+}
+
+/// A connected socket in blocking mode.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    socket: OwnedFd,
+}
+
+/// Send buffer asked for on Unix sockets, whose buffers do not grow by themselves.
+const UNIX_BUFFER: usize = 1 << 20;
+
+impl Stream {
+    /// Connects within `limit`.
+    pub(crate) fn connect(
+        endpoint: &Endpoint,
+        limit: Duration,
+        timeouts: Timeouts,
+    ) -> io::Result<Self> {
+        let socket: OwnedFd = match endpoint {
+            Endpoint::Tcp(address) => {
+                let mut last = io::Error::new(io::ErrorKind::NotFound, "no address of that name");
+                let mut connected = None;
+                for address in address.as_str().to_socket_addrs()? {
+                    match TcpStream::connect_timeout(&address, limit) {
+                        Ok(stream) => {
+                            connected = Some(stream);
+                            break;
+                        }
+                        Err(error) => last = error,
+                    }
+                }
+                connected.ok_or(last)?.into()
+            }
+            Endpoint::Unix(path) => {
+                let socket = rustix::net::socket_with(
+                    AddressFamily::UNIX,
+                    SocketType::STREAM,
+                    SocketFlags::CLOEXEC,
+                    None,
+                )?;
+                // unix(7): a connect to a full backlog waits for the send timeout.
+                sockopt::set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
+                match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+                    Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                    result => result?,
+                }
+                socket
+            }
+        };
+        Self::new(socket, timeouts)
+    }
+
+    /// Takes a connected socket.
+    pub(crate) fn new(socket: OwnedFd, timeouts: Timeouts) -> io::Result<Self> {
+        if sockopt::socket_domain(&socket)? == AddressFamily::UNIX {
+            // The kernel caps this at its own limit; less is only slower.
+            sockopt::set_socket_send_buffer_size(&socket, UNIX_BUFFER)?;
+        } else {
+            sockopt::set_tcp_nodelay(&socket, true)?;
+        }
+        sockopt::set_socket_timeout(&socket, Timeout::Send, Some(timeouts.write))?;
+        sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(timeouts.read))?;
+        Ok(Self { socket })
+    }
+
+    pub(crate) fn set_read_timeout(&self, limit: Duration) -> io::Result<()> {
+        Ok(sockopt::set_socket_timeout(&self.socket, Timeout::Recv, Some(limit))?)
+    }
+
+    /// Reads into `buffers`; 0 at the end, `None` when the read timeout passed.
+    pub(crate) fn read(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<Option<usize>> {
+        loop {
+            match rustix::io::readv(&self.socket, buffers) {
+                Ok(n) => return Ok(Some(n)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends all of `bytes`. Allocates nothing, so that it can be called from a signal handler.
+    pub(crate) fn send(&self, bytes: &[u8]) -> Result<(), Errno> {
+        self.send_flags(bytes, SendFlags::NOSIGNAL)
+    }
+
+    /// Sends `bytes` if there is room for them now; the connection is about to be closed.
+    pub(crate) fn send_last(&self, bytes: &[u8]) -> Result<(), Errno> {
+        self.send_flags(bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
+    fn send_flags(&self, mut bytes: &[u8], flags: SendFlags) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            match rustix::net::send(&self.socket, bytes, flags) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(Errno::TIMEDOUT),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends all of `pieces`, using them up.
+    pub(crate) fn send_pieces(&self, mut pieces: &mut [Piece<'_>]) -> io::Result<()> {
+        loop {
+            while pieces.first().is_some_and(Piece::is_empty) {
+                pieces = &mut pieces[1..];
+            }
+            if pieces.is_empty() {
+                return Ok(());
+            }
+            let mut sent = match send_pieces(self.socket.as_fd(), pieces) {
+                Ok(sent) => sent,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(Errno::TIMEDOUT.into());
+                }
+                Err(error) => return Err(error),
+            };
+            while sent > 0 {
+                let n = sent.min(pieces[0].len());
+                pieces[0] = pieces[0].slice(n..pieces[0].len());
+                sent -= n;
+                if pieces[0].is_empty() {
+                    pieces = &mut pieces[1..];
+                }
+            }
+        }
+    }
+
+    /// Ends both directions: every blocked call on the socket returns, here and at the peer.
+    pub(crate) fn shutdown(&self) {
+        // ENOTCONN says that the peer was faster; there is nothing else it could say.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+    }
+
+    /// Ends the sending direction and reads away what the peer sent, at most until `limit` has
+    /// passed. A socket closed with unread bytes resets the connection, and the peer would lose
+    /// the last frame sent to it.
+    pub(crate) fn linger(&self, limit: Duration) {
+        if rustix::net::shutdown(&self.socket, Shutdown::Write).is_err()
+            || self.set_read_timeout(limit / 4).is_err()
+        {
+            return;
+        }
+        let until = std::time::Instant::now() + limit;
+        let mut bin = [0; 4096];
+        while std::time::Instant::now() < until {
+            match rustix::net::recv(&self.socket, &mut bin[..], RecvFlags::empty()) {
+                Ok((0, _)) => return,
+                Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}

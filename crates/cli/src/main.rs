@@ -80,6 +80,20 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
     }
 }
 
+/// The error and its causes, each said once: most errors say their cause themselves.
+fn describe(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            cause
+        } else if text.ends_with(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
+}
+
 /// What `--json` prints on standard output when a command fails.
 #[derive(serde::Serialize)]
 struct ErrorReport {
@@ -98,9 +112,10 @@ fn main() -> ExitCode {
         Err(error) => error,
     };
     let exit = exit::of_error(&error);
-    eprintln!("pageferry: {error:#}");
+    let text = describe(&error);
+    eprintln!("pageferry: {text}");
     if output.json() {
-        let report = ErrorReport { error: format!("{error:#}"), exit_code: exit.code() };
+        let report = ErrorReport { error: text, exit_code: exit.code() };
         if let Err(error) = output.write_json(&report) {
             eprintln!("pageferry: writing to standard output: {error}");
         }

@@ -30,6 +30,13 @@ impl Output {
         self.write_text(&text)
     }
 
+    /// Writes `value` as one line of JSON, for a command that reports more than once.
+    pub(crate) fn write_json_line(self, value: &impl Serialize) -> io::Result<()> {
+        let mut text = serde_json::to_string(value)?;
+        text.push('\n');
+        self.write_text(&text)
+    }
+
     /// Writes `text` to standard output as it is. A reader that has gone (`| head`) is no error.
     pub(crate) fn write_text(self, text: &str) -> io::Result<()> {
         let mut out = io::stdout().lock();

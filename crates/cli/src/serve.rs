@@ -44,7 +44,7 @@ pub(crate) struct Args {
     delay_us: u64,
 }
 
-/// What `--json` prints: when it begins to listen, and when it stops.
+/// What `--json` prints, a line each: when it begins to listen, and when it stops.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 enum Event {
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         .with_context(|| format!("listening on {endpoint}"))?;
     let address = server.local_endpoint().to_string();
     if context.output.json() {
-        context.output.write_json(&Event::Listening { address, bytes })?;
+        context.output.write_json_line(&Event::Listening { address, bytes })?;
     } else {
         let image = args.image.display();
         let text = format!("listening on {address}: {image}, {}\n", size::display(bytes));
@@ -100,7 +100,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     server.stop();
     let stats = server.stats();
     if context.output.json() {
-        context.output.write_json(&Event::Stopped {
+        context.output.write_json_line(&Event::Stopped {
             sessions: stats.sessions_opened,
             refused: stats.refused,
             failed: stats.failed,

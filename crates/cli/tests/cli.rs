@@ -1,45 +1,18 @@
 //! The command as a script sees it: exit codes, standard output, signals.
 
-use std::{
-    io::Read as _,
-    process::{Child, Command, Output, Stdio},
-    time::{Duration, Instant},
-};
+mod common;
 
-use serde_json::Value;
+use std::process::Output;
 
-fn pageferry(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
-    command.args(args).stdin(Stdio::null());
-    command
-}
+use common::{Running, expect_code, host::has_userfaultfd, json, pageferry, words};
+use rustix::process::Signal;
 
 fn run(args: &[&str]) -> Output {
-    pageferry(args).output().expect("the command starts")
+    common::run(&mut pageferry(args))
 }
 
 fn code(output: &Output) -> Option<i32> {
     output.status.code()
-}
-
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-        let text = String::from_utf8_lossy(&output.stdout);
-        panic!("{error}: {text}");
-    })
-}
-
-/// Whether this process can have a userfaultfd: what doctor says of it.
-fn has_userfaultfd() -> bool {
-    let has = json(&run(&["--json", "doctor"]))["findings"]
-        .as_array()
-        .expect("findings")
-        .iter()
-        .any(|f| f["id"] == "missing.anonymous" && f["status"] == "works");
-    if !has {
-        println!("skipped: needs userfaultfd");
-    }
-    has
 }
 
 #[test]
@@ -62,7 +35,8 @@ fn wrong_usage_is_2() {
 
 #[test]
 fn every_command_has_help_with_examples_and_exit_codes() {
-    let commands: [&[&str]; 4] = [&[], &["doctor"], &["bench"], &["bench", "faults"]];
+    let commands: [&[&str]; 6] =
+        [&[], &["doctor"], &["demo"], &["serve"], &["bench"], &["bench", "faults"]];
     for command in commands {
         let output = run(&[command, &["--help"]].concat());
         let text = String::from_utf8_lossy(&output.stdout);
@@ -112,7 +86,7 @@ fn bench_faults_reports_both_references() {
         return;
     }
     let args = "bench faults --threads 2 --rounds 1 --pages 256 --delivery queue --backing anon";
-    let output = run(&[&["--json"], &*args.split(' ').collect::<Vec<_>>()].concat());
+    let output = run(&[&["--json"], &*words(args).collect::<Vec<_>>()].concat());
     assert_eq!(code(&output), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     let report = json(&output);
     let references = report["references"].as_array().expect("references");
@@ -129,55 +103,18 @@ fn bench_faults_reports_both_references() {
     assert_eq!(references[1]["ratio_to_raw"], 1.0);
 }
 
-/// A benchmark that would run for hours, once it catches `signal`.
-fn long_benchmark(signal: rustix::process::Signal) -> Child {
-    let args = "--json bench faults --rounds 1000000 --pages 4096 --threads 8 --backing anon";
-    let mut child = pageferry(&args.split(' ').collect::<Vec<_>>())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the command starts");
-    let path = format!("/proc/{}/status", child.id());
-    loop {
-        let status = std::fs::read_to_string(&path).expect("the command's status");
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-        let mask = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-        if mask.expect("a mask of signals") & (1 << (signal.as_raw() - 1)) != 0 {
-            return child;
-        }
-        let ended = child.try_wait().expect("waiting for the command");
-        assert!(ended.is_none(), "the command ended by itself: {ended:?}");
-        std::thread::yield_now();
-    }
-}
-
-fn wait(child: &mut Child) -> Option<i32> {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while Instant::now() < deadline {
-        if let Some(status) = child.try_wait().expect("waiting for the command") {
-            return status.code();
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    child.kill().expect("killing the command");
-    panic!("the command did not stop within a minute of being asked to");
-}
-
 #[test]
 fn signals_stop_it_with_their_own_code() {
     if !has_userfaultfd() {
         return;
     }
-    for (signal, expected) in
-        [(rustix::process::Signal::INT, 130), (rustix::process::Signal::TERM, 143)]
-    {
-        let mut child = long_benchmark(signal);
-        let pid = rustix::process::Pid::from_child(&child);
-        rustix::process::kill_process(pid, signal).expect("signalling the command");
-        assert_eq!(wait(&mut child), Some(expected), "{signal:?}");
-        let mut text = String::new();
-        child.stdout.take().expect("piped").read_to_string(&mut text).expect("its output");
-        let report: Value = serde_json::from_str(&text).expect("one JSON document");
-        assert_eq!(report["exit_code"], expected);
+    for (signal, expected) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let args = "--json bench faults --rounds 1000000 --pages 4096 --threads 8 --backing anon";
+        let mut running = Running::start(&mut pageferry(words(args)));
+        running.wait_catches(signal);
+        running.signal(signal);
+        let output = running.end();
+        expect_code(&output, expected);
+        assert_eq!(json(&output)["exit_code"], expected);
     }
 }

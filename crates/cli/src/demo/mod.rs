@@ -12,6 +12,7 @@ mod verify;
 use std::{
     num::NonZeroU16,
     sync::Arc,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -30,7 +31,7 @@ use self::{
     report::Report,
     reserve::Reserved,
     source::Source,
-    verify::verify,
+    verify::{Verified, verify},
 };
 use crate::{
     Context,
@@ -187,6 +188,14 @@ fn parse_prefetch(text: &str) -> Result<Prefetch, String> {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
+    migrate(args, context).or_else(|error| {
+        // Ctrl-C in a terminal reaches the source too: a source that is lost then is no failure.
+        context.stop_if_asked()?;
+        Err(error)
+    })
+}
+
+fn migrate(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let page_size = args.backing.page_size();
     let page = page_size.bytes();
     // A whole number of pages of whatever size the memory is made of.
@@ -196,22 +205,27 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     if bytes != args.memory && !context.output.json() {
         eprintln!("--memory is rounded up to {}: whole pages of {page_size}", size::display(bytes));
     }
-    let _reserved = match args.backing {
+    let mut reserved = match args.backing {
         BackingName::Anon | BackingName::Memfd => None,
-        _ => Reserved::new(page_size, bytes / page)?,
+        _ => Some(Reserved::new(page_size, bytes / page)?),
     };
-    let progress = Progress::new(context)?;
-
-    progress.phase("filling the source's memory");
-    let pattern = Pattern { seed: args.seed };
-    let source = Source::start(bytes, page, pattern, Duration::from_micros(args.delay_us))?;
-    context.stop_if_asked()?;
     let layout = Layout::new(vec![Arc::new(Region::new(&RegionConfig::new(
         bytes,
         args.backing.backing(),
     ))?)])?;
+    if let Some(reserved) = &mut reserved {
+        reserved.mapped();
+    }
+    let progress = Progress::new(context)?;
+
+    progress.phase("filling the source's memory");
+    let pattern = Pattern { seed: args.seed };
+    let delay = Duration::from_micros(args.delay_us);
+    let source = Source::start(bytes, page, pattern, delay, context)?;
+    context.stop_if_asked()?;
     let region = Arc::clone(layout.get(pageferry::memory::RegionId::new(0)).context("one region")?);
-    let peer = Arc::new(PeerSource::connect(&source.endpoint, PeerOptions::default())?);
+    let peer = PeerSource::connect(&source.endpoint, PeerOptions::default())
+        .map_err(|error| Failure::source_lost(error.to_string()))?;
 
     let begun = Instant::now();
     let pager = Pager::builder(layout)
@@ -221,7 +235,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         // The guest neither unmaps nor removes anything.
         .events(Events::Ignore)
         .hints(Hints { guest_threads: Some(args.threads.get()), user_mode_only: true })
-        .start(peer)
+        .start(Arc::new(peer))
         .map_err(start_failure)?;
     let running = Running { pager: Some(pager) };
     let pager = running.pager();
@@ -237,10 +251,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     progress.phase("verifying every page");
     progress.bar.set_length(bytes / PAGE);
     let verifying = Instant::now();
-    let verified = verify(&region, &increments, &source.endpoint, |pages| {
-        progress.bar.set_position(pages);
-        context.stop_if_asked()
-    })?;
+    // On a thread of its own: without a sweep it touches pages that are absent still, and nobody
+    // could end its wait for a page that does not come.
+    let (bar, endpoint) = (progress.bar.clone(), source.endpoint.clone());
+    let verification = std::thread::Builder::new()
+        .name("verification".into())
+        .spawn(move || verify(&region, &increments, &endpoint, |pages| bar.set_position(pages)))
+        .context("starting to verify")?;
+    let verified = watch_verification(verification, pager, bytes, context)?;
     let verify_seconds = verifying.elapsed();
     // Without a sweep, only now has everything been touched.
     let status = pager.wait_complete(Duration::from_secs(30));
@@ -283,23 +301,16 @@ fn watch(
 ) -> anyhow::Result<Option<Duration>> {
     progress.phase("the guest runs");
     progress.bar.set_length(bytes / PAGE);
-    let granule_pages = args.backing.page_size().bytes() / PAGE;
     loop {
         let status = pager.wait_complete(Duration::from_millis(30));
-        let present = bytes / PAGE - pager.remaining() * granule_pages;
+        let present = bytes / PAGE - absent_pages(pager);
         progress.bar.set_position(present);
         progress.bar.set_message(format!("{} accesses", guest.touches()));
         let complete = matches!(status, Status::Complete(_));
         if guest.is_finished() && (complete || !args.prefetch.sweep) {
             return Ok(pager.statistics().time_to_complete);
         }
-        if let Status::Stalled { why } = status {
-            return Err(Failure::source_lost(format!(
-                "the source is lost after {present} of {} pages: {why}",
-                bytes / PAGE
-            ))
-            .into());
-        }
+        expect_source(&status, present, bytes)?;
         if complete {
             // Nothing is left but the guest's own work.
             std::thread::park_timeout(Duration::from_millis(10));
@@ -309,6 +320,41 @@ fn watch(
             return Err(stopped);
         }
     }
+}
+
+/// Waits for the verification, a signal, or the loss of the source.
+fn watch_verification(
+    verification: JoinHandle<anyhow::Result<Verified>>,
+    pager: &Pager,
+    bytes: u64,
+    context: &Context,
+) -> anyhow::Result<Verified> {
+    while !verification.is_finished() {
+        let status = pager.wait_complete(Duration::from_millis(10));
+        expect_source(&status, bytes / PAGE - absent_pages(pager), bytes)?;
+        if matches!(status, Status::Complete(_)) {
+            // Nothing is left but the comparison.
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
+        context.stop_if_asked()?;
+    }
+    match verification.join() {
+        Ok(result) => result,
+        Err(_) => anyhow::bail!("the verification panicked"),
+    }
+}
+
+fn absent_pages(pager: &Pager) -> u64 {
+    let granules = pager.layout().iter().map(|(_, region)| region.granule().bytes()).max();
+    pager.remaining() * (granules.unwrap_or(PAGE) / PAGE)
+}
+
+/// An error if the source is lost.
+fn expect_source(status: &Status, present: u64, bytes: u64) -> anyhow::Result<()> {
+    let Status::Stalled { why } = status else { return Ok(()) };
+    let pages = bytes / PAGE;
+    Err(Failure::source_lost(format!("the source is lost after {present} of {pages} pages: {why}"))
+        .into())
 }
 
 /// A pager whose guest may still be stopped on a page when an error ends the command.

@@ -1,8 +1,12 @@
 //! Huge pages for the time of a run.
 
-use std::{fs, io};
+use std::{
+    fs::{self, File},
+    io,
+};
 
 use pageferry::memory::{HugePagePool, PageSize};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::exit::Failure;
 
@@ -10,48 +14,70 @@ use crate::exit::Failure;
 #[derive(Debug)]
 pub(super) struct Reserved {
     size: PageSize,
-    before: u64,
+    added: u64,
+    /// Keeps others of us from counting on the same pages until they are mapped.
+    lock: Option<File>,
 }
 
 impl Reserved {
-    /// Makes sure that `needed` pages of `size` are available, reserving what lacks. `None` when
-    /// enough are.
-    pub(super) fn new(size: PageSize, needed: u64) -> anyhow::Result<Option<Self>> {
+    /// Makes sure that `needed` pages of `size` are available, reserving what lacks.
+    pub(super) fn new(size: PageSize, needed: u64) -> anyhow::Result<Self> {
+        let control = HugePagePool::control_file(size);
         let lacking = |why: String| {
-            let file = HugePagePool::control_file(size);
             Failure::missing(format!(
-                "{needed} huge pages of {size} are needed, {why}; as root: echo N > {file}"
+                "{needed} huge pages of {size} are needed, {why}; as root: echo N > {control}"
             ))
         };
-        let pool = HugePagePool::read(size)
+        let lock = lock(&control)
             .map_err(|error| lacking(format!("and this kernel has none of that size ({error})")))?;
+        let mut reserved = Self { size, added: 0, lock: Some(lock) };
+        let pool = HugePagePool::read(size)?;
         let Some(more) = needed.checked_sub(pool.available()).filter(|&more| more > 0) else {
-            return Ok(None);
+            return Ok(reserved);
         };
-        set(size, pool.total + more).map_err(|error| {
+        fs::write(&control, (pool.total + more).to_string()).map_err(|error| {
             lacking(format!("{} are free, and reserving more failed: {error}", pool.available()))
         })?;
-        let reserved = Self { size, before: pool.total };
+        reserved.added = more;
         // The kernel reserves as many as it can find, and says so only here.
-        let now = HugePagePool::read(size)?;
-        if now.available() < needed {
-            let found = now.available();
-            drop(reserved);
+        let found = HugePagePool::read(size)?.available();
+        if found < needed {
             return Err(lacking(format!("and memory for only {found} was found")).into());
         }
-        Ok(Some(reserved))
+        Ok(reserved)
+    }
+
+    /// The pages are mapped: others may count those that are left.
+    pub(super) fn mapped(&mut self) {
+        self.lock = None;
+    }
+
+    /// What was added is taken out, whoever else has changed the pool in between.
+    fn give_back(&mut self) -> io::Result<()> {
+        let control = HugePagePool::control_file(self.size);
+        let _lock = match self.lock.take() {
+            Some(lock) => lock,
+            None => lock(&control)?,
+        };
+        let total = HugePagePool::read(self.size)?.total;
+        fs::write(control, total.saturating_sub(self.added).to_string())
     }
 }
 
-fn set(size: PageSize, pages: u64) -> io::Result<()> {
-    fs::write(HugePagePool::control_file(size), pages.to_string())
+/// An exclusive lock on the pool, among those who ask for one.
+fn lock(control: &str) -> io::Result<File> {
+    let file = File::open(control)?;
+    flock(&file, FlockOperation::LockExclusive)?;
+    Ok(file)
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        if let Err(error) = set(self.size, self.before) {
-            let file = HugePagePool::control_file(self.size);
-            eprintln!("pageferry: {file} could not be set back to {}: {error}", self.before);
+        if self.added > 0
+            && let Err(error) = self.give_back()
+        {
+            let control = HugePagePool::control_file(self.size);
+            eprintln!("pageferry: {} pages stay reserved in {control}: {error}", self.added);
         }
     }
 }

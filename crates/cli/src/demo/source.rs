@@ -1,21 +1,28 @@
 //! The other process: it holds the memory and serves it.
 
 use std::{
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    process::{Child, Command, Stdio},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use pageferry::{
     memory::{Backing, Layout, PageSize, Region, RegionConfig},
     migrate::{Endpoint, MemoryStore, PageServer, ServerOptions},
 };
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::{Errno, retry_on_intr},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 
 use super::pattern::Pattern;
-use crate::{Context, exit::Exit};
+use crate::{
+    Context,
+    exit::{Exit, Failure},
+};
 
 /// Serves a patterned memory to `pageferry demo`
 #[derive(clap::Args, Debug)]
@@ -34,8 +41,8 @@ pub(crate) struct Args {
 const READY: &str = "serving ";
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    // However the destination ends, this process does not outlive it.
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    // However the destination ends, this process does not outlive it, not even stopped.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     let mut config = RegionConfig::new(args.bytes, Backing::Anonymous);
     config.granule = PageSize::try_new(args.granule);
     let region = Region::new(&config)?;
@@ -53,7 +60,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         let mut fds =
             [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&context.signals, PollFlags::IN)];
         match poll(&mut fds, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error).context("waiting for the destination"),
         }
         let mut byte = [0];
@@ -66,9 +73,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     Ok(Exit::Success)
 }
 
+/// How long a source that is not needed any more may take to end by itself.
+const LEAVING: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
+
 /// The source process, as the destination sees it. Dropping it ends it.
 pub(super) struct Source {
-    child: Child,
+    process: Process,
     pub(super) endpoint: Endpoint,
 }
 
@@ -79,9 +89,10 @@ impl Source {
         granule: u64,
         pattern: Pattern,
         delay: Duration,
+        context: &Context,
     ) -> anyhow::Result<Self> {
         let myself = std::env::current_exe().context("finding this program to start the source")?;
-        let mut child = Command::new(&myself)
+        let child = Command::new(&myself)
             .arg("demo-source")
             .args(["--bytes", &bytes.to_string()])
             .args(["--granule", &granule.to_string()])
@@ -91,7 +102,17 @@ impl Source {
             .stdout(Stdio::piped())
             .spawn()
             .with_context(|| format!("starting {} as the source", myself.display()))?;
-        let stdout = child.stdout.take().context("the source has a standard output")?;
+        let mut process = Process(child);
+        let stdout = process.0.stdout.take().context("the source has a standard output")?;
+        // Filling much memory takes long. What it says then, it says in one write.
+        let mut fds =
+            [PollFd::new(&stdout, PollFlags::IN), PollFd::new(&context.signals, PollFlags::IN)];
+        retry_on_intr(|| poll(&mut fds, None)).context("waiting for the source")?;
+        if let Err(stopped) = context.stop_if_asked() {
+            // It would not notice before it has filled its memory.
+            process.0.kill().context("ending the source")?;
+            return Err(stopped);
+        }
         let mut line = String::new();
         let read = BufReader::new(stdout).read_line(&mut line);
         let endpoint = match read {
@@ -99,26 +120,45 @@ impl Source {
             Err(_) => None,
         };
         match endpoint {
-            Some(Ok(endpoint)) => Ok(Self { child, endpoint }),
+            Some(Ok(endpoint)) => Ok(Self { process, endpoint }),
             _ => {
-                // It may have ended by itself; then there is nothing to kill.
-                let _ = child.kill();
-                let status = child.wait()?;
-                bail!("the source process ended before it served anything ({status})")
+                let status = process.end()?;
+                Err(Failure::source_lost(format!(
+                    "the source process ended before it served anything ({status})"
+                ))
+                .into())
             }
         }
     }
 
     /// Its process id.
     pub(super) fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.0.id()
     }
 }
 
-impl Drop for Source {
+/// A process that ends when its standard input does.
+struct Process(Child);
+
+impl Process {
+    /// Lets it end by itself, and kills it if it does not.
+    fn end(&mut self) -> io::Result<ExitStatus> {
+        drop(self.0.stdin.take());
+        if let Some(status) = self.0.try_wait()? {
+            return Ok(status);
+        }
+        let handle = pidfd_open(Pid::from_child(&self.0), PidfdFlags::empty())?;
+        let mut fds = [PollFd::new(&handle, PollFlags::IN)];
+        if retry_on_intr(|| poll(&mut fds, Some(&LEAVING)))? == 0 {
+            self.0.kill()?;
+        }
+        self.0.wait()
+    }
+}
+
+impl Drop for Process {
     fn drop(&mut self) {
-        drop(self.child.stdin.take());
-        if let Err(error) = self.child.wait() {
+        if let Err(error) = self.end() {
             eprintln!("pageferry: waiting for the source process: {error}");
         }
     }

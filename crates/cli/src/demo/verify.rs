@@ -7,6 +7,7 @@ use pageferry::{
 };
 
 use super::{guest::Increments, pattern::PAGE};
+use crate::exit::Failure;
 
 /// What was compared, and what differed.
 #[derive(Copy, Clone, Debug, Default)]
@@ -23,10 +24,10 @@ pub(super) fn verify(
     region: &Region,
     increments: &Increments,
     endpoint: &Endpoint,
-    mut progress: impl FnMut(u64) -> anyhow::Result<()>,
+    progress: impl Fn(u64),
 ) -> anyhow::Result<Verified> {
-    let mut reader =
-        PeerReader::connect(endpoint, PeerOptions::default()).context("connecting to verify")?;
+    let mut reader = PeerReader::connect(endpoint, PeerOptions::default())
+        .map_err(|error| Failure::source_lost(format!("verifying: {error}")))?;
     let granule = region.granule().bytes();
     let at_once = ((1 << 20) / granule).max(1);
     let mut theirs = vec![0; (at_once * granule) as usize];
@@ -37,7 +38,9 @@ pub(super) fn verify(
         let count = at_once.min(region.granules() - first);
         let len = (count * granule) as usize;
         let span = WireSpan { region: 0, first, count: u32::try_from(count)? };
-        reader.read(span, &mut theirs[..len]).with_context(|| format!("reading {span} again"))?;
+        reader
+            .read(span, &mut theirs[..len])
+            .map_err(|error| Failure::source_lost(format!("verifying {span}: {error}")))?;
         region.guest_view().read_at(first * granule, &mut ours[..len])?;
         let pages = theirs[..len].chunks_exact_mut(PAGE as usize);
         for (page, (theirs, ours)) in
@@ -54,7 +57,7 @@ pub(super) fn verify(
             verified.pages += 1;
         }
         first += count;
-        progress(first * granule / PAGE)?;
+        progress(first * granule / PAGE);
     }
     Ok(verified)
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering::*},
     thread::{self, JoinHandle},
     time::Duration,
@@ -13,6 +14,8 @@ use pageferry_memory::{GranuleIndex, GranuleRange, State, WaitPolicy};
 use crate::{
     Span,
     core::{Core, WaitForReader},
+    delivery::PANICS,
+    stats::Counter,
 };
 
 /// How much one sweeping request asks for.
@@ -24,7 +27,21 @@ const IN_FLIGHT: usize = 4;
 const TICK: Duration = Duration::from_millis(50);
 
 pub(crate) fn spawn(core: Arc<Core>) -> io::Result<JoinHandle<()>> {
-    thread::Builder::new().name("pf-background".into()).spawn(move || run(&core))
+    thread::Builder::new().name("pf-background".into()).spawn(move || {
+        for panics in 0..2 * PANICS {
+            // A source that panics when it is asked in advance may still serve faults, and
+            // completion be agreed upon: the sweep is given up first.
+            let sweeping = core.prefetcher.policy.sweep && panics < PANICS;
+            if catch_unwind(AssertUnwindSafe(|| run(&core, sweeping))).is_ok() {
+                return;
+            }
+            core.stats.add(Counter::panics, 1);
+            tracing::error!("the background thread panicked");
+            // What was being asked for is absent again; somebody may wait for it already.
+            core.wake_everything();
+        }
+        core.health().refused = Some(format!("the background thread panicked {PANICS} times"));
+    })
 }
 
 /// Keeps the pool of movable pages populated.
@@ -44,22 +61,17 @@ pub(crate) fn spawn_refiller(core: Arc<Core>) -> io::Result<JoinHandle<()>> {
     })
 }
 
-fn run(core: &Core) {
+fn run(core: &Core, sweeping: bool) {
     let mut sweep = Sweep { cursor: 0, seen_fault: None, in_flight: VecDeque::new() };
     let mut agreed = false;
     while !core.stopping.load(Acquire) {
-        if core.lost_in_handler.swap(false, AcqRel) {
-            let why = "the page source failed in a signal handler".to_owned();
-            tracing::warn!("{why}; the guest stalls until another source is attached");
-            core.health().lost = Some(why);
-        }
         if core.remaining() == 0 {
             if !agreed {
                 core.stats.mark_complete();
                 agreed = agree_on_completion(core);
             }
             core.wait_for_source_change(TICK);
-        } else if !(core.prefetcher.policy.sweep && sweep.step(core)) {
+        } else if !(sweeping && sweep.step(core)) {
             let incomplete = core.targets.iter().find(|t| !t.region.page_map().is_complete());
             if let Some(target) = incomplete {
                 target.region.page_map().wait_complete(Some(TICK));

@@ -75,6 +75,24 @@ pub(crate) fn cpus() -> u16 {
     std::thread::available_parallelism().map_or(1, NonZero::get).min(usize::from(u16::MAX)) as u16
 }
 
+/// Why a region's granules do not fit its pages.
+pub(crate) fn granule(region: &Region, events_watched: bool) -> Result<(), String> {
+    let (granule, page) = (region.granule(), region.page_size());
+    if granule < page {
+        return Err(format!(
+            "granules of {granule} are parts of pages of {page}, which come whole"
+        ));
+    }
+    if granule > page && events_watched {
+        // The page map knows no granule of which a part was removed and the rest is to come.
+        return Err(format!(
+            "granules of {granule} are several pages of {page}, of which some may be removed: \
+             ignore events, or use granules of {page}"
+        ));
+    }
+    Ok(())
+}
+
 /// Why a region cannot be installed into as asked.
 pub(crate) fn method(
     wanted: Option<InstallMethod>,
@@ -127,7 +145,10 @@ mod tests {
     #[test]
     fn counts_are_filled_in_and_kept() {
         let none = Hints::default();
-        assert_eq!(choose_delivery(Delivery::Sharded(3), none, false, true).0, Delivery::Sharded(3));
+        assert_eq!(
+            choose_delivery(Delivery::Sharded(3), none, false, true).0,
+            Delivery::Sharded(3)
+        );
         let Delivery::QueueN(n) = choose_delivery(Delivery::QueueN(0), none, false, true).0 else {
             panic!("the kind of delivery changed")
         };

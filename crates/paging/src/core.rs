@@ -9,8 +9,8 @@ use std::{
     time::Duration,
 };
 
-use pageferry_memory::{GranuleRange, Layout};
-use pageferry_uffd::Wake;
+use pageferry_memory::{GranuleRange, HostRange, Layout};
+use pageferry_uffd::{Userfaultfd, Wake};
 use rustix::thread::futex;
 
 use crate::{
@@ -47,8 +47,11 @@ pub(crate) struct Core {
     /// source waits on.
     pub(crate) source_changed: AtomicU32,
     pub(crate) stopping: AtomicBool,
-    /// A source was lost where nothing could be said about it.
-    pub(crate) lost_in_handler: AtomicBool,
+    /// The memory is not registered any more: an access that is repeated succeeds or fails by
+    /// itself.
+    pub(crate) unregistered: AtomicBool,
+    /// A source was lost, and has not said why yet.
+    pub(crate) reason_due: AtomicBool,
     pub(crate) health: Mutex<Health>,
     pub(crate) from_source: AtomicU64,
     pub(crate) poisoned_by_source: AtomicU64,
@@ -91,7 +94,6 @@ impl Core {
         // is published.
         self.from_source.fetch_add(whole.count(), Relaxed);
         self.install(target, whole, data, changing)?;
-        self.stats.mark_first_page();
         self.account(target, whole, arrived);
         Ok(())
     }
@@ -186,6 +188,9 @@ impl Core {
             match progress {
                 Progress::Done => return Ok(()),
                 Progress::Changing(at) => {
+                    if self.stopping.load(Acquire) {
+                        return Err(SinkError::Stopped);
+                    }
                     rest = GranuleRange::new(at, granules.end().get() - at.get());
                     changing.let_events_be_read();
                 }
@@ -301,15 +306,19 @@ impl Core {
     }
 
     /// A source of `generation` failed: the guest stalls, nothing is poisoned.
+    ///
+    /// A request that must not allocate can only say that it failed, with an empty text; the source
+    /// then says why from a thread of its own, and that is the reason kept.
     pub(crate) fn source_lost(&self, generation: u64, why: &SourceError) {
-        if self.source.lose(generation) {
-            if in_handler() {
-                // No allocation and no logging here; the background thread says it.
-                self.lost_in_handler.store(true, Release);
-            } else {
-                tracing::warn!("{why}; the guest stalls until another source is attached");
-                self.health().lost = Some(why.to_string());
-            }
+        let first = self.source.lose(generation);
+        let silent = in_handler() || matches!(why, SourceError::Lost(text) if text.is_empty());
+        if silent {
+            self.reason_due.fetch_or(first, AcqRel);
+        } else if first || self.reason_due.swap(false, AcqRel) {
+            tracing::warn!("{why}; the guest stalls until another source is attached");
+            self.health().lost = Some(why.to_string());
+        }
+        if first {
             self.note_source_change();
         }
     }
@@ -335,9 +344,24 @@ impl Core {
     /// Wakes every thread that waits in the kernel, so that it faults again and is seen afresh.
     pub(crate) fn wake_everything(&self) {
         let inside = self.gate.install();
+        self.each_place(&inside, |target, uffd, host| {
+            if target.wake == Wake::Yes
+                && let Err(error) = uffd.wake(host)
+            {
+                tracing::error!("{error}");
+            }
+        });
+    }
+
+    /// Calls `visit` with every stretch of addresses where memory is mapped now, and the
+    /// userfaultfd that serves it.
+    pub(crate) fn each_place(
+        &self,
+        inside: &Inside<'_>,
+        mut visit: impl FnMut(&Target, &Userfaultfd, HostRange),
+    ) {
         for target in &self.targets {
-            let mut rest =
-                GranuleRange::new(pageferry_memory::GranuleIndex::new(0), target.region.granules());
+            let mut rest = target.region.all_granules();
             while !rest.is_empty() {
                 let (uffd, shared) = target.shard(rest);
                 let (mut part, after) = rest.split_at(shared);
@@ -346,11 +370,7 @@ impl Core {
                         part = part.split_at(1).1;
                         continue;
                     };
-                    if target.wake == Wake::Yes
-                        && let Err(error) = uffd.wake(host)
-                    {
-                        tracing::error!("{error}");
-                    }
+                    visit(target, uffd, host);
                     part = part.split_at(placed.count()).1;
                 }
                 rest = after;

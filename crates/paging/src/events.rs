@@ -1,27 +1,27 @@
-//! What the guest's process does to its address space: pages removed, ranges unmapped or moved,
-//! the process forked.
+//! What the guest's process does to its address space: pages removed, ranges unmapped or moved.
 
 use std::{
-    os::fd::OwnedFd,
+    os::fd::{AsFd, AsRawFd},
     sync::{RwLockWriteGuard, atomic::Ordering::*},
 };
 
 use pageferry_memory::GranuleRange;
-use pageferry_uffd::{Event, EventBuffer, HostRange, UffdError, Userfaultfd, Wake};
+use pageferry_uffd::{Event, EventBuffer, HostRange, UffdError, Userfaultfd};
 use rustix::thread::futex;
 
 use crate::{core::Core, fault::Arrived, stats::Counter, views::Views};
 
 /// Reads what is pending in one queue: events are applied, in front of all faults of the same
-/// read, and faults are appended to `faults`. Returns how many messages there were.
+/// read, and faults are appended to `faults`. Returns how many messages there were. `wake` is for
+/// its own use.
 pub(crate) fn read_queue(
     core: &Core,
     uffd: &Userfaultfd,
     buffer: &mut EventBuffer,
     faults: &mut Vec<Arrived>,
-    forked: &mut Vec<OwnedFd>,
+    wake: &mut Vec<HostRange>,
 ) -> Result<usize, UffdError> {
-    let mut wake = Vec::new();
+    let queue = Some(uffd.as_fd().as_raw_fd());
     let messages = {
         let mut views = core.gate.read_events();
         let messages = uffd.read_events(buffer)?;
@@ -36,11 +36,11 @@ pub(crate) fn read_queue(
                         address: fault.address,
                         kind: fault.kind,
                         thread: fault.thread,
+                        queue,
                         at,
                     });
                 }
-                Ok(Event::Fork { uffd }) => forked.push(uffd),
-                Ok(other) => apply(core, views.as_mut(), other, &mut wake),
+                Ok(other) => apply(core, views.as_mut(), other, wake),
                 Err(error) => tracing::error!("message not understood: {error}"),
             }
         }
@@ -51,8 +51,9 @@ pub(crate) fn read_queue(
         core.events_read.fetch_add(1, Release);
         let _ = futex::wake(&core.events_read, futex::Flags::PRIVATE, i32::MAX as u32);
     }
-    // Threads that waited for a granule whose bytes are now to be dropped fault again and get zeros.
-    for range in wake {
+    // Threads that wait there, be it for bytes that are now to be dropped or for a source, fault
+    // again: on removed memory they get zeros, on what is not mapped any more SIGSEGV.
+    for range in wake.drain(..) {
         uffd.wake(range)?;
     }
     Ok(messages)
@@ -71,15 +72,15 @@ fn apply(
     match event {
         Event::Remove(range) => {
             for (region, granules) in views.shown(range) {
-                if discard(core, region, granules) > 0 {
-                    wake.push(range);
-                }
+                discard(core, region, granules);
             }
+            wake.push(range);
         }
         Event::Unmap(range) => {
             for (region, granules) in views.unmap(range) {
                 discard(core, region, granules);
             }
+            wake.push(range);
         }
         Event::Remap { from, to, len } => match HostRange::try_new(from, len) {
             Some(from) => {
@@ -93,42 +94,7 @@ fn apply(
     }
 }
 
-fn discard(core: &Core, region: pageferry_memory::RegionId, granules: GranuleRange) -> u64 {
+fn discard(core: &Core, region: pageferry_memory::RegionId, granules: GranuleRange) {
     core.stats.add(Counter::removed, granules.count());
-    core.targets[usize::from(region.get())].region.page_map().discard(granules)
-}
-
-/// A child of the guest's process shares none of its page map, and its missing pages would come
-/// from nowhere: they are poisoned, so that the child sees a memory error and never zeros.
-pub(crate) fn poison_child(core: &Core, child: OwnedFd, parent: &Userfaultfd) {
-    let negotiated = parent.negotiated();
-    let child = match Userfaultfd::from_received_fd(child, negotiated.enabled, negotiated.opened_by)
-    {
-        Ok(child) => child,
-        Err(error) => {
-            tracing::error!("the userfaultfd of a forked child is unusable: {error}");
-            return;
-        }
-    };
-    let inside = core.gate.install();
-    for host in inside.hosts() {
-        let mut done = 0;
-        while done < host.len() {
-            use pageferry_uffd::Outcome::*;
-            match child.poison(host.skip(done), Wake::Yes) {
-                Ok(Installed { bytes }) => done += bytes,
-                Ok(Retry { done: more }) => done += more,
-                // Copied from the parent by the fork itself, or in a huge page: a step of 4 KiB
-                // is right for every page size, only slower.
-                Ok(AlreadyPresent { done: more } | Poisoned { done: more }) => done += more + 4096,
-                Ok(RangeGone { .. } | ProcessGone { .. }) => break,
-                Err(error) => {
-                    tracing::error!("a forked child keeps waiting for pages: {error}");
-                    // Closing its userfaultfd would show it zeros: it is left open for good.
-                    std::mem::forget(child);
-                    return;
-                }
-            }
-        }
-    }
+    core.targets[usize::from(region.get())].region.page_map().discard(granules);
 }

@@ -1,5 +1,7 @@
 //! The fault path: what is done about a granule that a thread was stopped on.
 
+use std::{os::fd::RawFd, sync::atomic::Ordering::Acquire};
+
 use pageferry_memory::{GranuleIndex, GranuleRange, HostAddress, RegionId, State};
 use pageferry_uffd::FaultKind;
 
@@ -19,6 +21,8 @@ pub(crate) struct Arrived {
     pub(crate) address: HostAddress,
     pub(crate) kind: FaultKind,
     pub(crate) thread: Option<u32>,
+    /// The userfaultfd it was read from; `None` if it was not read, and no thread waits for us.
+    pub(crate) queue: Option<RawFd>,
     /// [`Stats::now`](crate::stats::Stats::now) when it was read or caught.
     pub(crate) at: u64,
 }
@@ -82,12 +86,13 @@ impl Core {
                     kind: fault.kind,
                     at: fault.at,
                 }),
-                None => self.stray(fault, changing),
+                None => self.stray(fault),
             }
         }
         groups.sort_unstable_by_key(|group| (group.region, group.granules.first(), group.order));
         groups.dedup_by(|next, group| {
-            let joins = next.region == group.region && next.granules.first() <= group.granules.end();
+            let joins =
+                next.region == group.region && next.granules.first() <= group.granules.end();
             if joins {
                 let end = group.granules.end().max(next.granules.end());
                 let first = group.granules.first();
@@ -106,7 +111,7 @@ impl Core {
     /// Handles one fault.
     pub(crate) fn fault(&self, fault: Arrived, changing: &dyn AddressSpaceChanging) -> Handled {
         let Some((region, granule)) = self.find(fault.address) else {
-            self.stray(fault, changing);
+            self.stray(fault);
             return Handled::NotOurs;
         };
         self.demand(region, GranuleRange::new(granule, 1), fault.kind, fault.at, changing)
@@ -136,8 +141,11 @@ impl Core {
                     // The source is entered before the claim: whoever replaces it waits for us to
                     // leave, and then hands every claim of its time to the new one.
                     let Some(source) = self.source.enter() else {
+                        // The others of the run may need none.
                         self.stats.add(Counter::stalled, 1);
-                        return Handled::NoSource;
+                        handled = Handled::NoSource;
+                        at = GranuleIndex::new(at.get() + 1);
+                        continue;
                     };
                     let shift = target.region.granule().shift();
                     let won = self.prefetcher.claim(map, left, shift);
@@ -285,22 +293,37 @@ impl Core {
         loop {
             match settle::settle(self, target, granule, kind) {
                 Progress::Done => return Handled::There,
+                // Nobody may be left to read the events; the thread is woken when the pager is gone.
+                Progress::Changing(_) if self.stopping.load(Acquire) && !in_handler() => {
+                    return Handled::OnItsWay;
+                }
+                Progress::Changing(_) if self.unregistered.load(Acquire) => return Handled::There,
                 Progress::Changing(_) => changing.let_events_be_read(),
                 Progress::Refused { why, .. } => {
-                    let span = target.span(GranuleRange::new(granule, 1));
+                    let span = target.span(GranuleRange::one(granule));
                     self.report(Err(SinkError::Install { span, why }));
-                    return Handled::Poisoned;
+                    break;
                 }
+            }
+        }
+        // It cannot come: an error for who touches it, and not for ever nothing. With memory to be
+        // had again, a later touch by signal may still succeed.
+        loop {
+            match target.poison_absent(&self.gate.install(), GranuleRange::one(granule)) {
+                Progress::Changing(_) if !self.stopping.load(Acquire) => {
+                    changing.let_events_be_read();
+                }
+                _ => return Handled::Poisoned,
             }
         }
     }
 
     /// A fault at an address that shows no granule: something was mapped over, or moved by an
     /// `mremap` that left its source registered. It reads as zero, as any fresh memory would.
-    fn stray(&self, fault: Arrived, changing: &dyn AddressSpaceChanging) {
-        tracing::debug!("fault at {} in no region", fault.address);
-        settle::zero_stray(self, fault.address);
-        changing.let_events_be_read();
+    fn stray(&self, fault: Arrived) {
+        if let Some(queue) = fault.queue {
+            settle::zero_stray(self, queue, fault.address);
+        }
     }
 
     pub(crate) fn report(&self, result: Result<(), SinkError>) {

@@ -66,9 +66,9 @@ impl Gate {
         }
     }
 
-    /// Like [`install`](Self::install), but alone; `None` where no events are watched.
-    pub(crate) fn install_alone(&self) -> Option<Inside<'_>> {
-        self.read_events().map(Inside::Alone)
+    /// Like [`install`](Self::install), but alone, where events are watched.
+    pub(crate) fn install_alone(&self) -> Inside<'_> {
+        self.read_events().map_or_else(|| self.install(), Inside::Alone)
     }
 
     /// Excludes all installers. `None` where no events are watched: nothing to exclude.

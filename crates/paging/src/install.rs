@@ -152,15 +152,23 @@ impl Target {
                     self.publish(part, done, stats);
                     return Progress::Changing(granule_at(done));
                 }
+                Ok(Outcome::AlreadyPresent { done: more })
+                    if matches!(data, Data::Bytes(_))
+                        && !is_present(uffd, HostRange::new(left.skip(more).start(), page)) =>
+                {
+                    done += more;
+                    self.publish(part, done, stats);
+                    return Progress::Refused { at: granule_at(done), why: NO_HUGE_PAGE.into() };
+                }
                 Ok(Outcome::AlreadyPresent { done: more }) => {
                     // Somebody else installed it; whoever waits for it must still be woken.
                     stats.add(Counter::eexist, 1);
                     done += more;
                     let present = HostRange::new(host.skip(done).start(), page);
-                    if self.wake == Wake::Yes {
-                        if let Err(error) = uffd.wake(present) {
-                            return self.refuse(part, done, &error, stats);
-                        }
+                    if self.wake == Wake::Yes
+                        && let Err(error) = uffd.wake(present)
+                    {
+                        return self.refuse(part, done, &error, stats);
                     }
                     done += page;
                 }
@@ -202,7 +210,10 @@ impl Target {
     fn publish(&self, part: GranuleRange, done: u64, stats: &Stats) {
         let whole = (done >> self.region.granule().shift()).min(part.count());
         // Counted first: whoever sees the last granule present also sees it counted.
-        stats.add(Counter::installed, whole);
+        if whole > 0 {
+            stats.add(Counter::installed, whole);
+            stats.mark_first_page();
+        }
         self.region.page_map().publish(GranuleRange::new(part.first(), whole));
     }
 
@@ -234,8 +245,6 @@ impl Target {
     /// Poisons what the page map calls poisoned, inside the gate.
     pub(crate) fn mark_poisoned(&self, inside: &Inside<'_>, granules: GranuleRange) -> Progress {
         let map = self.region.page_map();
-        let page = self.region.page_size().bytes();
-        let shift = self.region.granule().shift();
         let mut at = granules.first();
         while at < granules.end() {
             let left = GranuleRange::new(at, granules.end().get() - at.get());
@@ -247,33 +256,42 @@ impl Target {
                 at = GranuleIndex::new(part.first().get() + 1);
                 continue;
             };
-            let mut done = 0;
-            while done < host.len() {
-                match uffd.poison(host.skip(done), self.wake) {
-                    Ok(Outcome::Installed { bytes }) => done += bytes,
-                    Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
-                    Ok(Outcome::Retry { .. }) => {
-                        let at = part.first().get() + (done >> shift);
-                        return Progress::Changing(GranuleIndex::new(at));
-                    }
-                    // Something is mapped there already, or nothing can be: both are no zeros.
-                    Ok(
-                        Outcome::AlreadyPresent { done: more } | Outcome::RangeGone { done: more },
-                    ) => {
-                        done += more + page;
-                    }
-                    Ok(Outcome::Poisoned { done: more }) => done += more + page,
-                    Ok(Outcome::ProcessGone { .. }) => return Progress::Done,
-                    Err(error) => {
-                        let at = part.first().get() + (done >> shift);
-                        return Progress::Refused {
-                            at: GranuleIndex::new(at),
-                            why: error.to_string(),
-                        };
-                    }
-                }
+            match self.poison_part(uffd, host, part) {
+                Progress::Done => at = part.end(),
+                other => return other,
             }
-            at = part.end();
+        }
+        Progress::Done
+    }
+
+    /// Poisons what is absent in memory of a run of granules, whatever the page map calls them.
+    pub(crate) fn poison_absent(&self, inside: &Inside<'_>, run: GranuleRange) -> Progress {
+        let (uffd, shared) = self.shard(run);
+        let Some((host, part)) = inside.place(self.id, run.split_at(shared).0) else {
+            return Progress::Done;
+        };
+        self.poison_part(uffd, host, part)
+    }
+
+    fn poison_part(&self, uffd: &Userfaultfd, host: HostRange, part: GranuleRange) -> Progress {
+        let page = self.region.page_size().bytes();
+        let shift = self.region.granule().shift();
+        let mut done = 0;
+        while done < host.len() {
+            let at = GranuleIndex::new(part.first().get() + (done >> shift));
+            match uffd.poison(host.skip(done), self.wake) {
+                Ok(Outcome::Installed { bytes }) => done += bytes,
+                Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
+                Ok(Outcome::Retry { .. }) => return Progress::Changing(at),
+                // Something is mapped there already, or nothing can be: both are no zeros.
+                Ok(
+                    Outcome::AlreadyPresent { done: more }
+                    | Outcome::RangeGone { done: more }
+                    | Outcome::Poisoned { done: more },
+                ) => done += more + page,
+                Ok(Outcome::ProcessGone { .. }) => return Progress::Done,
+                Err(error) => return Progress::Refused { at, why: error.to_string() },
+            }
         }
         Progress::Done
     }
@@ -300,4 +318,25 @@ impl Target {
     pub(crate) fn span(&self, granules: GranuleRange) -> Span {
         Span { region: self.id, granules }
     }
+}
+
+/// Why a huge page was not installed.
+pub(crate) const NO_HUGE_PAGE: &str = "no huge page is free (the kernel says EEXIST)";
+
+/// Whether there is a page, after COPY answered EEXIST for it. For a huge page the kernel says so
+/// also when it has none to give (hugetlb_mfill_atomic_pte in mm/hugetlb.c, Linux 6.18).
+pub(crate) fn is_present(uffd: &Userfaultfd, page: HostRange) -> bool {
+    const BASE: usize = 4096;
+    if page.len() == BASE as u64 {
+        return true;
+    }
+    let mut mapped = 0;
+    // SAFETY: asks about one base page, and writes one byte.
+    let answered = unsafe { libc::mincore(page.start().as_ptr().cast(), BASE, &mut mapped) };
+    // Not mapped here, but perhaps in the file: then it is mapped now.
+    (answered == 0 && mapped & 1 != 0)
+        || matches!(
+            uffd.continue_range(page, CopyMode::NO_WAKE),
+            Ok(Outcome::Installed { .. } | Outcome::AlreadyPresent { .. })
+        )
 }

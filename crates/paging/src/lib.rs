@@ -13,6 +13,7 @@
 #![deny(unsafe_code)]
 
 mod background;
+mod children;
 mod choose;
 mod core;
 mod delivery;

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pageferry_memory::{GranuleRange, HostAddress, Layout, Mapping, MappingError, RegionId};
+use pageferry_memory::{GranuleRange, HostAddress, Layout, Mapping, MappingError, RegionId, State};
 use pageferry_uffd::{
     FaultKind, Features, OpenError, OpenWay, Options, RegisterError, RegisterMode, Registration,
     Userfaultfd, Wake,
@@ -20,10 +20,12 @@ use rustix::event::EventfdFlags;
 
 use crate::{
     Completion, Delivery, PageSource, SourceError, Statistics, background,
+    children::KeptOut,
     choose::{self, Hints},
-    core::{AttachedSink, Core, Health, WaitForReader},
+    core::{AddressSpaceChanging, AttachedSink, Core, Health},
     delivery::{
-        ReaderConfig, dispatch::HashOf, signal::Registered, spawn_dispatched, spawn_reader,
+        EveryQueue, ReaderConfig, dispatch::HashOf, signal::Registered, spawn_dispatched,
+        spawn_reader,
     },
     gate::Gate,
     install::{InstallMethod, Target},
@@ -38,8 +40,8 @@ use crate::{
 /// What of the guest's process is followed beyond its faults.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
 pub enum Events {
-    /// Removed, unmapped and moved ranges and forks are followed: a removed range reads as zero
-    /// from then on. The default.
+    /// Removed, unmapped and moved ranges are followed: a removed range reads as zero from then on.
+    /// The default. Granules must be pages of the backing, as part of a larger one may be removed.
     #[default]
     Watch,
     /// The guest promises to do none of that while memory is absent. Bytes can then be received
@@ -189,7 +191,8 @@ impl Builder {
             return Err(StartError::SourceNotSignalSafe);
         }
         let targets = self.targets(&opened)?;
-        let registrations = self.register(&targets, opened.fork_followed)?;
+        let mut kept_out = KeptOut::default();
+        let registrations = self.register(&targets, &mut kept_out)?;
         let granule = self.layout.iter().map(|(_, region)| region.granule().bytes()).max();
         let movable = targets
             .iter()
@@ -218,7 +221,8 @@ impl Builder {
             events_read: AtomicU32::new(0),
             source_changed: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
-            lost_in_handler: AtomicBool::new(false),
+            unregistered: AtomicBool::new(false),
+            reason_due: AtomicBool::new(false),
             health: Mutex::new(Health::default()),
             from_source: AtomicU64::new(0),
             poisoned_by_source: AtomicU64::new(0),
@@ -237,6 +241,7 @@ impl Builder {
             threads: Vec::new(),
             signal: None,
             registrations,
+            kept_out,
             attaching: Mutex::new(()),
         };
         // From here on dropping the pager undoes everything.
@@ -271,21 +276,10 @@ impl Builder {
             optional |= events;
         }
         let count = if let Delivery::Sharded(shards) = delivery { shards } else { 1 };
-        let mut fork_followed = self.events == Events::Watch;
-        let mut uffds = Vec::new();
-        for _ in 0..count {
-            // Following forks needs CAP_SYS_PTRACE; without it the memory is kept out of children.
-            let with_fork = self.options(required, optional | Features::EVENT_FORK);
-            let uffd = match fork_followed.then(|| with_fork.open()) {
-                Some(Ok(uffd)) => uffd,
-                Some(Err(_)) | None => {
-                    fork_followed = false;
-                    self.options(required, optional).open()?
-                }
-            };
-            uffds.push(Arc::new(uffd));
-        }
-        Ok(Opened { uffds, delivery, why, fork_followed, available })
+        let uffds = (0..count)
+            .map(|_| self.options(required, optional).open().map(Arc::new))
+            .collect::<Result<_, _>>()?;
+        Ok(Opened { uffds, delivery, why, available })
     }
 
     fn options(&self, required: Features, optional: Features) -> Options {
@@ -302,7 +296,8 @@ impl Builder {
         self.layout
             .iter()
             .map(|(id, region)| {
-                let method = choose::method(self.install, region, opened.available)
+                let method = choose::granule(region, self.events == Events::Watch)
+                    .and_then(|()| choose::method(self.install, region, opened.available))
                     .map_err(|why| StartError::Install { region: id.get(), why })?;
                 // Whole pages of the backing, so that every shard can be registered.
                 let page_granules = (region.page_size().bytes() / region.granule().bytes()).max(1);
@@ -325,17 +320,19 @@ impl Builder {
     fn register(
         &self,
         targets: &[Target],
-        fork_followed: bool,
+        kept_out: &mut KeptOut,
     ) -> Result<Vec<Registration<Arc<Mapping>>>, StartError> {
         let mut registrations = Vec::new();
         for target in targets {
             let view = target.region.guest_view();
-            if !fork_followed {
-                // A child would see zeros where pages are absent: it gets none of this memory.
-                view.advise(view.range(), pageferry_memory::Advice::DontFork).map_err(|error| {
-                    StartError::Resources { what: "keeping the memory out of children", error }
-                })?;
-            }
+            // A child would see zeros where pages are absent: it gets none of this memory. Following
+            // it by its fork event instead would hold up `fork` until the event is read, with
+            // glibc holding the locks of the allocator, which the source that the reading thread
+            // is busy with may want.
+            kept_out.add(view).map_err(|error| StartError::Resources {
+                what: "keeping the memory out of children",
+                error,
+            })?;
             let mode = match target.method {
                 InstallMethod::Continue => RegisterMode::MISSING | RegisterMode::MINOR,
                 InstallMethod::Copy | InstallMethod::Move => RegisterMode::MISSING,
@@ -360,7 +357,6 @@ struct Opened {
     uffds: Vec<Arc<Userfaultfd>>,
     delivery: Delivery,
     why: String,
-    fork_followed: bool,
     available: Features,
 }
 
@@ -369,6 +365,9 @@ struct Opened {
 /// While the pager lives, a thread that touches an absent granule is held until the granule is
 /// there. Dropping it before everything is there poisons what is missing: the guest sees a memory
 /// error, never zeros.
+///
+/// Children of the process (`fork(2)`) do not have the memory: touching it there is SIGSEGV. Once a
+/// pager that brought everything is dropped, later children have it again.
 pub struct Pager {
     core: Arc<Core>,
     chosen: Chosen,
@@ -376,6 +375,7 @@ pub struct Pager {
     threads: Vec<JoinHandle<()>>,
     signal: Option<Registered>,
     registrations: Vec<Registration<Arc<Mapping>>>,
+    kept_out: KeptOut,
     /// One source is attached at a time.
     attaching: Mutex<()>,
 }
@@ -463,6 +463,8 @@ impl Pager {
             Status::Complete(counts)
         } else if let Some(why) = &health.lost {
             Status::Stalled { why: why.clone() }
+        } else if self.core.reason_due.load(Acquire) {
+            Status::Stalled { why: "a request to the page source failed".to_owned() }
         } else {
             Status::Running
         }
@@ -494,6 +496,7 @@ impl Pager {
         core.poisoned_by_source.store(0, Release);
         // Before it is attached: from then on it can be lost.
         core.health().lost = None;
+        core.reason_due.store(false, Release);
         let generation = core.source.next_generation();
         let sink = AttachedSink { core: Arc::clone(core), generation };
         if let Err(error) = source.attach(Arc::new(sink)) {
@@ -521,14 +524,16 @@ impl Pager {
 
     fn poison_missing(&self) -> bool {
         let mut all = true;
+        // The readers may have been given up, and an event be waiting.
+        let changing = EveryQueue::of(&self.core);
         for target in &self.core.targets {
             let granules = target.region.all_granules();
-            let changing = WaitForReader(&self.core);
             if let Err(error) = self.core.poison_now(target, granules, &changing) {
                 tracing::error!("{error}");
                 all = false;
             }
         }
+        self.core.wake_everything();
         all
     }
 
@@ -575,6 +580,10 @@ impl Drop for Pager {
         if let Some(last) = self.core.source.vacate() {
             last.detach();
         }
+        let whole = self.core.targets.iter().all(|target| {
+            let map = target.region.page_map();
+            map.is_complete() && map.count(State::Poisoned) == 0
+        });
         // Unregistering lets waiting threads go on with zero pages: only poison prevents that.
         let safe = self.core.remaining() == 0 || self.poison_missing();
         self.core.stopping.store(true, Release);
@@ -582,21 +591,43 @@ impl Drop for Pager {
         if let Err(error) = rustix::io::write(&*self.stop, &1u64.to_ne_bytes()) {
             tracing::error!("stopping the fault delivery: {error}");
         }
-        self.signal = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a thread of the pager panicked");
+            }
+        }
+        let inside = self.core.gate.install();
+        let mut places = Vec::new();
+        for registration in self.registrations.drain(..) {
+            // Not dropped: what is mapped at its addresses now may be somebody else's.
+            let uffd = Arc::clone(registration.uffd());
+            let mapping = registration.into_inner_registered();
+            if !safe {
+                // Keeps the memory registered and its userfaultfd open.
+                std::mem::forget((uffd, mapping));
             }
         }
         if !safe {
             tracing::error!(
                 "missing pages could not be poisoned: threads that touch them wait for ever"
             );
-            for registration in self.registrations.drain(..) {
-                // Keeps the memory registered and its userfaultfd open.
-                std::mem::forget(Arc::clone(registration.uffd()));
-                std::mem::forget(registration.into_inner_registered());
-            }
         }
+        self.core.each_place(&inside, |_, uffd, host| {
+            places.push(host);
+            if safe && let Err(error) = uffd.unregister_raw(host) {
+                tracing::error!("{error}");
+            }
+        });
+        drop(inside);
+        if safe {
+            // A thread that is being held up by an event goes on.
+            EveryQueue::of(&self.core).let_events_be_read();
+        }
+        // Only now: until then threads need their handler to get at memory that they removed.
+        self.core.unregistered.store(true, Release);
+        self.signal = None;
+        // What was poisoned would be zeros in a child: the marks are not copied with shared memory.
+        self.kept_out.moved_to(places.into_iter().filter(|_| whole));
+        drop(std::mem::take(&mut self.kept_out));
     }
 }

@@ -22,6 +22,8 @@ pub(crate) struct SourceSlot {
     current: AtomicPtr<Entry>,
     users: AtomicUsize,
     generation: AtomicU64,
+    /// The latest generation that is lost or was taken out of charge.
+    ended: AtomicU64,
     /// Owns what `current` points to, and one that was lost until it is replaced.
     owned: Mutex<Option<Box<Entry>>>,
 }
@@ -54,6 +56,7 @@ impl SourceSlot {
             current: AtomicPtr::new(std::ptr::null_mut()),
             users: AtomicUsize::new(0),
             generation: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
             owned: Mutex::new(None),
         }
     }
@@ -74,20 +77,26 @@ impl SourceSlot {
         Some(InUse { slot: self, entry })
     }
 
-    /// Takes the source of `generation` out of charge. Does not wait for its users. False when it
-    /// was not in charge any more.
+    /// Takes the source of `generation` out of charge, be it only about to be put there. Does not
+    /// wait for its users. True for the first who says so of a source that was not replaced.
     pub(crate) fn lose(&self, generation: u64) -> bool {
+        // SeqCst on both sides: either `install` sees that the source has ended, or we see it
+        // in charge.
+        let first = self.ended.fetch_max(generation, SeqCst) < generation;
         let entry = self.current.load(SeqCst);
-        if entry.is_null() || self.generation.load(SeqCst) != generation {
-            return false;
+        if !entry.is_null() && self.generation.load(SeqCst) == generation {
+            // Failing means that it was taken out of charge by somebody else.
+            let _ = self.current.compare_exchange(entry, std::ptr::null_mut(), SeqCst, SeqCst);
         }
-        self.current.compare_exchange(entry, std::ptr::null_mut(), SeqCst, SeqCst).is_ok()
+        first
     }
 
     /// Takes whatever source there is out of charge, waits until nobody uses it, and returns it.
     pub(crate) fn vacate(&self) -> Option<Arc<dyn PageSource>> {
         let mut owned = self.owned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         self.current.store(std::ptr::null_mut(), SeqCst);
+        // That it closes its connections now is no loss.
+        self.ended.fetch_max(self.generation.load(SeqCst), SeqCst);
         while self.users.load(SeqCst) != 0 {
             thread::yield_now();
         }
@@ -99,11 +108,14 @@ impl SourceSlot {
         self.generation.load(SeqCst) + 1
     }
 
-    /// Puts a source in charge. The slot must be vacant.
+    /// Puts a source in charge, unless it was lost before. The slot must be vacant.
     pub(crate) fn install(&self, source: Arc<dyn PageSource>) {
         let mut owned = self.owned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let generation = self.generation.fetch_add(1, SeqCst) + 1;
         let entry = owned.insert(Box::new(Entry { source, generation }));
         self.current.store(&raw mut **entry, SeqCst);
+        if self.ended.load(SeqCst) >= generation {
+            self.current.store(std::ptr::null_mut(), SeqCst);
+        }
     }
 }

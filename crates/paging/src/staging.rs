@@ -167,6 +167,10 @@ impl Movable {
 
     pub(crate) fn new() -> Result<Self, MappingError> {
         let pool = Pool::new(Self::BUFFERS, Self::BUFFER, 0)?;
+        // MOVE takes only pages that no forked child shares.
+        pool.mapping.advise(pool.mapping.range(), Advice::DontFork).map_err(|source| {
+            MappingError::Map { what: "pages to move", len: pool.mapping.range().len(), source }
+        })?;
         // MOVE takes whole pages; a huge page would have to be split first.
         if let Err(error) = pool.mapping.advise(pool.mapping.range(), Advice::NoHugePage) {
             // A kernel without huge pages says EINVAL, and has none to keep out.

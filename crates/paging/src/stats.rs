@@ -40,7 +40,7 @@ counters! {
     prefetch_hits,
     /// Granules installed.
     installed,
-    /// Of those: as zero pages.
+    /// Granules that the source said are zero, and pages that the guest removed and touched again.
     zero,
     /// Granules that arrived unasked and were taken.
     pushed,

@@ -94,15 +94,13 @@ impl Views {
         })
     }
 
-    /// Every stretch of host addresses that shows something.
-    pub(crate) fn hosts(&self) -> impl Iterator<Item = HostRange> + '_ {
-        self.pieces.iter().map(|piece| piece.host)
-    }
-
     /// The granules shown in `range`.
-    pub(crate) fn shown(&self, range: HostRange) -> Vec<(RegionId, GranuleRange)> {
-        let parts = self.pieces.iter().filter_map(|piece| piece.cut(range));
-        parts.map(|part| (part.region, part.granules())).collect()
+    pub(crate) fn shown(
+        &self,
+        range: HostRange,
+    ) -> impl Iterator<Item = (RegionId, GranuleRange)> + '_ {
+        let parts = self.pieces.iter().filter_map(move |piece| piece.cut(range));
+        parts.map(|part| (part.region, part.granules()))
     }
 
     /// `range` shows nothing any more. Returns what it showed.

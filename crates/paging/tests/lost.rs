@@ -9,7 +9,6 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     thread,
-    time::Duration,
 };
 
 use common::{child, *};
@@ -20,10 +19,9 @@ use pageferry_paging::{
 };
 
 const THREADS: u64 = 4;
-const PATIENCE: Duration = Duration::from_secs(30);
 
 fn bytes_of(backing: Backing) -> u64 {
-    if backing == HUGE { 16 << 20 } else { 512 << 10 }
+    if backing == HUGE { 16 << 20 } else { 2 << 20 }
 }
 
 fn backings() -> Vec<Backing> {
@@ -73,7 +71,7 @@ fn lost_in_a_row(delivery: Delivery, backing: Backing, loss: Loss, answers: Answ
     let granules = layout.total_granules();
     let progress = Arc::new(Progress::new(THREADS, granules));
     let new = || Ledger::new(granules, answers);
-    let (first, source) = new().lost_after(granules / 4, loss).source();
+    let (first, source) = new().lost_after(granules / 8, loss).source();
     let pager = Pager::builder(layout)
         .delivery(delivery)
         .prefetch(if sweep { Prefetch::SWEEP } else { Prefetch::NONE })
@@ -109,7 +107,7 @@ fn lost_in_a_row(delivery: Delivery, backing: Backing, loss: Loss, answers: Answ
                 assert!(!seen || answered(granule as u64), "{case}: {granule} came from nowhere");
             }
             assert!(pager.remaining() > 0, "{case}");
-            let next = if losses < 2 { new().lost_after(granules / 4, loss) } else { new() };
+            let next = if losses < 2 { new().lost_after(granules / 8, loss) } else { new() };
             let (ledger, source) = next.source();
             pager.attach_source(source).unwrap();
             ledgers.push(ledger);
@@ -118,8 +116,7 @@ fn lost_in_a_row(delivery: Delivery, backing: Backing, loss: Loss, answers: Answ
     verify_all(pager.layout());
     let last = ledgers.last().unwrap();
     let status = pager.wait_complete(PATIENCE);
-    let agreed =
-        Completion { granules_from_source: last.answered_total(), granules_poisoned: 0 };
+    let agreed = Completion { granules_from_source: last.answered_total(), granules_poisoned: 0 };
     assert_eq!(status, Status::Complete(agreed), "{case}");
     assert_eq!(*last.completed.lock().unwrap(), Some(agreed), "{case}");
     for ledger in &ledgers {
@@ -153,6 +150,7 @@ fn every_way_of_losing(backing: Backing) {
 #[test]
 fn lost_sources_stall_the_guest_and_the_next_one_finishes_anonymous() {
     if userfaultfd() {
+        let _watch = watch(60);
         every_way_of_losing(Backing::Anonymous);
     }
 }
@@ -160,6 +158,7 @@ fn lost_sources_stall_the_guest_and_the_next_one_finishes_anonymous() {
 #[test]
 fn lost_sources_stall_the_guest_and_the_next_one_finishes_memfd() {
     if userfaultfd() {
+        let _watch = watch(60);
         every_way_of_losing(Backing::Memfd);
     }
 }
@@ -167,6 +166,7 @@ fn lost_sources_stall_the_guest_and_the_next_one_finishes_memfd() {
 #[test]
 fn lost_sources_stall_the_guest_and_the_next_one_finishes_hugetlb() {
     if userfaultfd() && huge_pages(8) {
+        let _watch = watch(60);
         every_way_of_losing(HUGE);
     }
 }
@@ -193,6 +193,7 @@ fn a_source_lost_while_it_is_attached_is_lost() {
     if !userfaultfd() {
         return;
     }
+    let _watch = watch(60);
     let layout = layout(Backing::Memfd, 64 << 10);
     let granules = layout.total_granules();
     let pager = Pager::builder(layout).start(Arc::new(LostAtOnce)).unwrap();
@@ -222,13 +223,17 @@ fn a_source_that_does_not_fit_leaves_the_guest_stalled_until_one_does() {
     if !userfaultfd() {
         return;
     }
+    let _watch = watch(60);
     for delivery in DELIVERIES {
         let layout = layout(Backing::Anonymous, 256 << 10);
         let granules = layout.total_granules();
         let (first, source) =
             Ledger::new(granules, Answers::Inline).lost_after(0, Loss::Request).source();
-        let pager =
-            Pager::builder(layout).delivery(delivery).prefetch(Prefetch::NONE).start(source).unwrap();
+        let pager = Pager::builder(layout)
+            .delivery(delivery)
+            .prefetch(Prefetch::NONE)
+            .start(source)
+            .unwrap();
         thread::scope(|scope| {
             scope.spawn(|| verify_all(pager.layout()));
             wait_for("a loss", || matches!(pager.status(), Status::Stalled { .. }));
@@ -244,70 +249,93 @@ fn a_source_that_does_not_fit_leaves_the_guest_stalled_until_one_does() {
     }
 }
 
-/// While there is no source, what needs none goes on: a thread that reads removed memory beside
-/// one that waits for absent memory, both read from the queue at once.
+/// A source whose first request takes as long as the test wants, and is an error then.
+#[derive(Default)]
+struct LostSlowly {
+    asked: AtomicBool,
+    go_on: AtomicBool,
+}
+
+impl PageSource for LostSlowly {
+    fn attach(&self, _: Arc<dyn PageSink>) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    fn request(&self, _: Span, _: Urgency, _: &dyn PageSink) -> Result<(), SourceError> {
+        self.asked.store(true, SeqCst);
+        while !self.go_on.load(SeqCst) {
+            thread::yield_now();
+        }
+        Err(SourceError::Lost(String::new()))
+    }
+
+    fn signal_safe(&self) -> bool {
+        true
+    }
+
+    fn detach(&self) {}
+}
+
+/// While there is no source, what needs none goes on: threads that read removed memory, though
+/// their faults are read from the queue together with those on absent memory beside it; and a
+/// thread that waits for absent memory that is then removed.
 #[test]
 fn removed_memory_reads_as_zero_while_there_is_no_source() {
     if !userfaultfd() {
         return;
     }
+    let _watch = watch(60);
     for delivery in DELIVERIES {
         for backing in [Backing::Anonymous, Backing::Memfd] {
+            let case = format!("{delivery} {backing}");
             let layout = layout(backing, 64 << 10);
             let granules = layout.total_granules();
-            let (_, source) =
-                Ledger::new(granules, Answers::Inline).lost_after(0, Loss::Request).source();
+            let source = Arc::new(LostSlowly::default());
             let pager = Pager::builder(layout)
                 .delivery(delivery)
                 .prefetch(Prefetch::NONE)
-                .start(source)
+                .start(Arc::clone(&source) as _)
                 .unwrap();
             let region = pager.layout().get(REGION).unwrap();
-            let view = region.guest_view();
-            let page = |n| region.host_range(GranuleRange::new(GranuleIndex::new(n), 1));
             let remove = |n| {
-                let advice =
-                    if backing == Backing::Memfd { Advice::Remove } else { Advice::DontNeed };
-                view.advise(page(n), advice).unwrap();
+                let page = region.host_range(GranuleRange::one(GranuleIndex::new(n)));
+                let memfd = backing == Backing::Memfd;
+                let advice = if memfd { Advice::Remove } else { Advice::DontNeed };
+                region.guest_view().advise(page, advice).unwrap();
             };
             for n in (1..16).step_by(2) {
                 remove(n);
             }
             thread::scope(|scope| {
-                let absent: Vec<_> = (0..16)
-                    .step_by(2)
-                    .map(|n| scope.spawn(move || peek(pager_layout(&pager), n << 12)))
-                    .collect();
-                let removed: Vec<_> = (1..16)
-                    .step_by(2)
-                    .map(|n| scope.spawn(move || peek(pager_layout(&pager), n << 12)))
-                    .collect();
-                for (n, thread) in removed.into_iter().enumerate() {
-                    wait_for(&format!("{delivery} {backing}: removed {n}"), || {
-                        thread.is_finished()
-                    });
+                let pager = &pager;
+                let reader = |n: u64| scope.spawn(move || peek(pager.layout(), n << 12));
+                let first = reader(0);
+                wait_for(&case, || source.asked.load(SeqCst));
+                let mut absent: Vec<_> = (2..14).step_by(2).map(reader).collect();
+                let removed: Vec<_> = (1..16).step_by(2).map(reader).collect();
+                source.go_on.store(true, SeqCst);
+                for thread in removed {
+                    wait_for(&format!("{case}: removed"), || thread.is_finished());
                     assert_eq!(thread.join().unwrap(), 0);
                 }
-                // A thread that waits already, too, once the page it waits for is removed.
-                wait_for("all stall", || pager.statistics().counts.stalled >= 8);
-                remove(4);
-                wait_for(&format!("{delivery} {backing}: removed while waited for"), || {
-                    absent[2].is_finished()
-                });
-                assert_eq!(absent.iter().filter(|thread| thread.is_finished()).count(), 1);
+                wait_for(&case, || matches!(pager.status(), Status::Stalled { .. }));
+                let stalled = pager.statistics().counts.stalled;
+                let waiting = reader(14);
+                wait_for(&case, || pager.statistics().counts.stalled > stalled);
+                remove(14);
+                wait_for(&format!("{case}: removed while waited for"), || waiting.is_finished());
+                assert_eq!(waiting.join().unwrap(), 0);
+                assert!(!absent.iter().any(|thread| thread.is_finished()));
                 let (_, source) = Ledger::new(granules, Answers::Inline).source();
                 pager.attach_source(source).unwrap();
+                absent.insert(0, first);
                 for (index, thread) in absent.into_iter().enumerate() {
-                    let expected = if index == 2 { 0 } else { word(REGION, index as u64 * 8192) };
-                    assert_eq!(thread.join().unwrap(), expected);
+                    let expected = word(REGION, index as u64 * 8192);
+                    assert_eq!(thread.join().unwrap(), expected, "{case}");
                 }
             });
         }
     }
-}
-
-fn pager_layout(pager: &Pager) -> &Layout {
-    pager.layout()
 }
 
 /// What the guest of a pager that gives up does.
@@ -343,7 +371,8 @@ fn give_up(delivery: Delivery, backing: Backing, events: Events, ending: &str) {
         view.read_at(granule * size, &mut bytes).unwrap();
         u64::from_ne_bytes(bytes)
     };
-    assert_eq!(pager.layout().get(REGION).unwrap().page_map().remaining(), granules - 1);
+    // A thread sees a page a moment before the page map does.
+    wait_for("one granule", || pager.remaining() == granules - 1);
     let touch = {
         let read = read.clone();
         move || child::saw(read(3))
@@ -357,7 +386,7 @@ fn give_up(delivery: Delivery, backing: Backing, events: Events, ending: &str) {
         }
         "blocked without a source when abandoned" => {
             thread::spawn(touch);
-            wait_for("a stall", || pager.statistics().counts.stalled >= 1);
+            wait_for("a stall", || matches!(pager.status(), Status::Stalled { .. }));
             child::reached();
             pager.abandon();
         }
@@ -388,13 +417,15 @@ fn giving_up_is_a_memory_error_for_what_is_missing() {
     const NAME: &str = "giving_up_is_a_memory_error_for_what_is_missing";
     if let Some(case) = child::case() {
         let parts: Vec<&str> = case.split('/').collect();
-        let backing = [Backing::Anonymous, Backing::Memfd, HUGE][parts[1].parse::<usize>().unwrap()];
+        let backing =
+            [Backing::Anonymous, Backing::Memfd, HUGE][parts[1].parse::<usize>().unwrap()];
         let events = if parts[2] == "watch" { Events::Watch } else { Events::Ignore };
         return give_up(delivery_named(parts[0]), backing, events, parts[3]);
     }
     if !userfaultfd() {
         return;
     }
+    let _watch = watch(60);
     for delivery in DELIVERIES {
         for backing in 0..backings().len() {
             for events in ["watch", "ignore"] {

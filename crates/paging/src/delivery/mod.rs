@@ -8,7 +8,7 @@ pub(crate) mod signal;
 use std::fmt;
 
 pub(crate) use dispatch::spawn_dispatched;
-pub(crate) use queue::{ReaderConfig, spawn_reader};
+pub(crate) use queue::{EveryQueue, PANICS, ReaderConfig, spawn_reader};
 
 /// How faults reach the engine. Thread counts of 0 mean: one for each CPU, at most 8.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]

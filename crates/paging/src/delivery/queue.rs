@@ -8,18 +8,18 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use pageferry_uffd::{EventBuffer, Userfaultfd};
+use pageferry_uffd::{EventBuffer, HostRange, Userfaultfd};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
     core::{AddressSpaceChanging, Core},
-    events::{poison_child, read_queue},
+    events::read_queue,
     fault::{Arrived, Batch},
     stats::Counter,
 };
 
-/// How many panics of one reader in a row are survived before its queue is given up.
-const PANICS: u32 = 16;
+/// How many panics of one thread are survived before it is given up.
+pub(crate) const PANICS: u32 = 16;
 
 #[derive(Copy, Clone)]
 pub(crate) struct ReaderConfig {
@@ -39,7 +39,7 @@ struct Inbox {
     buffer: EventBuffer,
     /// Read and not yet handled: by this read, or while an install let events be read.
     faults: Vec<Arrived>,
-    forked: Vec<OwnedFd>,
+    wake: Vec<HostRange>,
 }
 
 impl<'a> Reader<'a> {
@@ -50,15 +50,15 @@ impl<'a> Reader<'a> {
             inbox: Mutex::new(Inbox {
                 buffer: EventBuffer::new(config.batch),
                 faults: Vec::with_capacity(4 * config.batch),
-                forked: Vec::new(),
+                wake: Vec::with_capacity(config.batch),
             }),
         }
     }
 
     /// Reads once. Returns how many messages there were.
     fn read(&self) -> Result<usize, pageferry_uffd::UffdError> {
-        let inbox = &mut *self.inbox();
-        read_queue(self.core, self.uffd, &mut inbox.buffer, &mut inbox.faults, &mut inbox.forked)
+        let Inbox { buffer, faults, wake } = &mut *self.inbox();
+        read_queue(self.core, self.uffd, buffer, faults, wake)
     }
 
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
@@ -76,10 +76,6 @@ impl<'a> Reader<'a> {
             if self.core.stopping.load(Acquire) {
                 return Ok(false);
             }
-            let forked = std::mem::take(&mut self.inbox().forked);
-            for child in forked {
-                poison_child(self.core, child, self.uffd);
-            }
             if self.inbox().faults.is_empty() && self.read()? == 0 {
                 self.wait(stop);
                 continue;
@@ -96,6 +92,32 @@ impl<'a> Reader<'a> {
         let mut fds = [PollFd::new(self.uffd, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
         // EINTR, and readiness that another reader was faster to use, both mean: look again.
         let _ = poll(&mut fds, None);
+    }
+}
+
+/// For somebody who does not know whether there are readers left: reads all queues. The faults that
+/// it reads are not handled; [`Core::wake_everything`] makes their threads fault again.
+pub(crate) struct EveryQueue<'a>(Vec<Reader<'a>>);
+
+impl<'a> EveryQueue<'a> {
+    pub(crate) fn of(core: &'a Core) -> Self {
+        let mut uffds: Vec<&Userfaultfd> = Vec::new();
+        for uffd in core.targets.iter().flat_map(|target| target.shards.iter()) {
+            if !uffds.iter().any(|known| std::ptr::eq(*known, &**uffd)) {
+                uffds.push(uffd);
+            }
+        }
+        let config = ReaderConfig { batch: 64 };
+        Self(uffds.into_iter().map(|uffd| Reader::new(core, uffd, config)).collect())
+    }
+}
+
+impl AddressSpaceChanging for EveryQueue<'_> {
+    fn let_events_be_read(&self) {
+        for reader in &self.0 {
+            reader.let_events_be_read();
+            reader.inbox().faults.clear();
+        }
     }
 }
 

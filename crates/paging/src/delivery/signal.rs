@@ -19,7 +19,7 @@ use std::{
     ptr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering::*},
+        atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering::*},
     },
     thread,
     time::Duration,
@@ -54,10 +54,14 @@ unsafe impl Sync for Previous {}
 static PREVIOUS: Previous = Previous(UnsafeCell::new(MaybeUninit::uninit()));
 static KNOWN: AtomicBool = AtomicBool::new(false);
 static INSTALL: Mutex<()> = Mutex::new(());
+/// How many pagers have left the registry.
+static LEFT: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     // Constant initialiser and no destructor: usable in a signal handler.
     static IN_HANDLER: Cell<bool> = const { Cell::new(false) };
+    // `LEFT` when this thread last repeated an access for its sake.
+    static REPEATED_AT: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Whether this thread is in the SIGBUS handler, where logging and allocating are out.
@@ -88,6 +92,8 @@ impl Registered {
 impl Drop for Registered {
     fn drop(&mut self) {
         debug_assert_eq!(self.slot.core.load(SeqCst).cast_const(), Arc::as_ptr(&self.core));
+        // First: whoever finds the slot empty sees it counted.
+        LEFT.fetch_add(1, SeqCst);
         self.slot.core.store(ptr::null_mut(), SeqCst);
         // Only now, with the slot empty, does the count stay at zero once it is.
         while self.slot.users.load(SeqCst) != 0 {
@@ -133,9 +139,16 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     };
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
-    if !resolved {
-        chain(signal, info, context);
+    if resolved {
+        return;
     }
+    // Perhaps it was raised for memory of a pager that has left since: then the access is good now,
+    // or fails again.
+    let left = LEFT.load(SeqCst);
+    if code > 0 && REPEATED_AT.replace(left) != left {
+        return;
+    }
+    chain(signal, info, context);
 }
 
 /// Brings the page, if it is one of ours. False when the signal is somebody else's business: a
@@ -165,7 +178,7 @@ impl Core {
     /// Brings the granule at `address` for the calling thread, which waits. True when the access
     /// can be repeated, false when it can never succeed.
     pub(crate) fn resolve(&self, address: HostAddress, kind: FaultKind) -> bool {
-        let fault = Arrived { address, kind, thread: None, at: self.stats.now() };
+        let fault = Arrived { address, kind, thread: None, queue: None, at: self.stats.now() };
         self.stats.add(crate::stats::Counter::faults, 1);
         let policy = WaitPolicy { spins: 100, timeout: Some(Duration::from_secs(1)) };
         loop {
@@ -209,7 +222,11 @@ fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     }
     // SAFETY: KNOWN is set, so PREVIOUS was written and does not change any more.
     let previous = unsafe { (*PREVIOUS.0.get()).assume_init_ref() };
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
+    let sent = unsafe { (*info).si_code } <= 0;
     match previous.sa_sigaction {
+        // Only what a process sends can be ignored; an access cannot go on without its page.
+        libc::SIG_IGN if sent => {}
         libc::SIG_DFL | libc::SIG_IGN => {
             // SAFETY: an all-zero sigaction with SIG_DFL is valid; sigaction is async-signal-safe.
             unsafe {
@@ -218,7 +235,7 @@ fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
                 // The access is repeated upon return and ends the process as it would have without
                 // us, with the right address in the core dump.
                 libc::sigaction(signal, &default, ptr::null_mut());
-                if (*info).si_code <= 0 {
+                if sent {
                     libc::raise(signal);
                 }
             }

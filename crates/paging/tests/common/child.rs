@@ -14,7 +14,7 @@ const CASE: &str = "PAGEFERRY_TEST_CASE";
 pub const SAW_MEMORY: i32 = 42;
 /// How the child says that nothing happened for long.
 pub const STUCK: i32 = 43;
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// What the child prints when it has come to the step that is tested.
 const REACHED: &str = "reached the step under test";
 

@@ -7,7 +7,6 @@ use std::{
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::*},
     },
     thread::{self, JoinHandle},
-    time::Duration,
 };
 
 use pageferry_memory::{GranuleIndex, GranuleRange};
@@ -25,14 +24,14 @@ pub enum Answers {
     Threaded,
 }
 
-/// How the source is lost, once it has answered as many granules as it is to answer.
+/// How the source is lost, once it has done as much as it is to do.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Loss {
-    /// The next request is an error.
+    /// It has been asked for so many granules, and answers those: the next request is an error.
     Request,
-    /// Its thread says so to the sink. (Inline: the request says so, and is not answered.)
+    /// It has answered so many, and tells the sink that it answers no more.
     Sink,
-    /// It accepts requests and does not answer, until [`Ledger::declare_lost`].
+    /// It has answered so many, and answers no more, until [`Ledger::declare_lost`].
     Silence,
 }
 
@@ -50,6 +49,7 @@ pub struct Ledger {
     pub as_prefetch: AtomicU64,
     /// Requests are accepted and stay unanswered while set.
     held: AtomicBool,
+    total_asked: AtomicU64,
     total_answered: AtomicU64,
     pub lost: AtomicBool,
     stop: AtomicBool,
@@ -76,6 +76,7 @@ impl Ledger {
             requests: AtomicU64::new(0),
             as_prefetch: AtomicU64::new(0),
             held: AtomicBool::new(false),
+            total_asked: AtomicU64::new(0),
             total_answered: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -86,7 +87,7 @@ impl Ledger {
         }
     }
 
-    /// Answers about this many granules, then is lost.
+    /// Does so many granules and perhaps a few more, then is lost.
     pub fn lost_after(self, granules: u64, loss: Loss) -> Self {
         Self { loss: Some((loss, granules)), ..self }
     }
@@ -146,7 +147,12 @@ impl Ledger {
     }
 
     fn exhausted(&self) -> Option<Loss> {
-        self.loss.filter(|(_, after)| self.answered_total() >= *after).map(|(loss, _)| loss)
+        let (loss, after) = self.loss?;
+        let so_far = match loss {
+            Loss::Request => self.total_asked.load(SeqCst),
+            Loss::Sink | Loss::Silence => self.answered_total(),
+        };
+        (so_far >= after).then_some(loss)
     }
 
     fn answer(&self, granules: GranuleRange, sink: &dyn PageSink) -> Result<(), SinkError> {
@@ -176,11 +182,16 @@ impl Ledger {
                 for (index, word) in self.owed.iter().enumerate() {
                     let mut bits = word.swap(0, SeqCst);
                     while bits != 0 {
-                        if let Some(loss) = self.exhausted() {
-                            if loss == Loss::Sink && !self.lost.swap(true, SeqCst) {
-                                sink.lost(SourceError::Lost("on purpose".into()));
+                        match self.exhausted() {
+                            Some(Loss::Sink) => {
+                                if !self.lost.swap(true, SeqCst) {
+                                    sink.lost(SourceError::Lost("on purpose".into()));
+                                }
+                                break;
                             }
-                            break;
+                            Some(Loss::Silence) => break,
+                            // What was accepted is answered.
+                            Some(Loss::Request) | None => {}
                         }
                         if self.held.load(SeqCst) {
                             word.fetch_or(bits, SeqCst);
@@ -248,6 +259,7 @@ impl PageSource for Handle {
             };
         }
         ledger.requests.fetch_add(1, SeqCst);
+        ledger.total_asked.fetch_add(span.granules.count(), SeqCst);
         if urgency == Urgency::Prefetch {
             ledger.as_prefetch.fetch_add(span.granules.count(), SeqCst);
         }
@@ -298,15 +310,5 @@ impl PageSource for Handle {
             worker.join().unwrap();
         }
         *self.0.sink.lock().unwrap() = None;
-    }
-}
-
-/// Waits until `condition`, for as long as a busy machine may need, and no longer.
-#[track_caller]
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + Duration::from_secs(30);
-    while !condition() {
-        assert!(std::time::Instant::now() < deadline, "waited in vain: {what}");
-        thread::sleep(Duration::from_micros(200));
     }
 }

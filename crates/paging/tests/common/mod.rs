@@ -2,9 +2,12 @@
 #![allow(dead_code, unreachable_pub, unused_imports)] // Each test binary uses a part of it.
 
 pub mod child;
+pub mod external;
 mod ledger;
+mod patience;
 
-pub use ledger::{Answers, Ledger, Loss, wait_for};
+pub use ledger::{Answers, Ledger, Loss};
+pub use patience::{PATIENCE, Watch, wait_for, watch};
 
 use std::{
     collections::VecDeque,

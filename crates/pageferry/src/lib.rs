@@ -7,6 +7,30 @@
 //! * [`paging`]: the engine, and the traits a page source implements.
 //! * [`image`]: memory images as page sources.
 //! * [`migrate`]: the page-transfer protocol, its client and its server.
+//!
+//! A guest that runs on a memory image while the image is still on disk:
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use pageferry::{
+//!     image::RawImage,
+//!     memory::{Backing, Layout, Region, RegionConfig},
+//!     paging::Pager,
+//! };
+//!
+//! # fn run_guest_on(_: *mut u8) {}
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let region = Arc::new(Region::new(&RegionConfig::new(512 << 20, Backing::Memfd))?);
+//! let layout = Layout::new(vec![Arc::clone(&region)])?;
+//! let pager = Pager::builder(layout).start(Arc::new(RawImage::open("guest.mem")?))?;
+//! println!("faults are delivered by {}: {}", pager.chosen().delivery, pager.chosen().why);
+//! run_guest_on(region.guest_view().as_ptr());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! With the feature `vm-memory`, `memory::adapter` takes the regions of a `GuestMemoryMmap`.
 
 #![forbid(unsafe_code)]
 

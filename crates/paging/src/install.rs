@@ -141,6 +141,7 @@ impl Target {
         let granule_at =
             |offset: u64| GranuleIndex::new(part.first().get() + (offset >> granule.shift()));
         let mut done = 0;
+        let mut absent = ThoughAbsent::default();
         while done < host.len() {
             let left = host.skip(done);
             stats.add(Counter::install_calls, 1);
@@ -157,6 +158,9 @@ impl Target {
                         && !is_present(uffd, HostRange::new(left.skip(more).start(), page)) =>
                 {
                     done += more;
+                    if absent.again() {
+                        continue;
+                    }
                     self.publish(part, done, stats);
                     return Progress::Refused { at: granule_at(done), why: NO_HUGE_PAGE.into() };
                 }
@@ -322,6 +326,20 @@ impl Target {
 
 /// Why a huge page was not installed.
 pub(crate) const NO_HUGE_PAGE: &str = "no huge page is free (the kernel says EEXIST)";
+
+/// How often COPY answered EEXIST where there was no page when we looked.
+#[derive(Default)]
+pub(crate) struct ThoughAbsent(u32);
+
+impl ThoughAbsent {
+    /// Whether to try again: the page may have been there, and been taken away before we looked,
+    /// by a removal whose event was read before. There are as many of those as threads that
+    /// remove just now the same page, and each only once while we are inside the gate.
+    pub(crate) fn again(&mut self) -> bool {
+        self.0 += 1;
+        self.0 < 64
+    }
+}
 
 /// Whether there is a page, after COPY answered EEXIST for it. For a huge page the kernel says so
 /// also when it has none to give (hugetlb_mfill_atomic_pte in mm/hugetlb.c, Linux 6.18).

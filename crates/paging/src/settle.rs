@@ -8,7 +8,7 @@ use pageferry_uffd::{CopyMode, Errno, FaultKind, Outcome, UffdError, Userfaultfd
 use crate::{
     core::Core,
     gate::Inside,
-    install::{InstallMethod, NO_HUGE_PAGE, Progress, Target, is_present},
+    install::{InstallMethod, NO_HUGE_PAGE, Progress, Target, ThoughAbsent, is_present},
     stats::Counter,
 };
 
@@ -119,6 +119,7 @@ fn each_page(
     let Some((host, _)) = inside.place(target.id, run) else { return Progress::Done };
     let page = target.region.page_size().bytes();
     let mut done = 0;
+    let mut absent = ThoughAbsent::default();
     while done < host.len() {
         let left = host.skip(done);
         match call(uffd, left) {
@@ -137,6 +138,10 @@ fn each_page(
                 if counted.is_some()
                     && !is_present(uffd, HostRange::new(left.skip(more).start(), page)) =>
             {
+                done += more;
+                if absent.again() {
+                    continue;
+                }
                 return Progress::Refused { at: run.first(), why: NO_HUGE_PAGE.into() };
             }
             Ok(Outcome::AlreadyPresent { done: more }) => {

@@ -13,6 +13,7 @@
 #![deny(unsafe_code)]
 
 mod background;
+mod builder;
 mod children;
 mod choose;
 mod core;
@@ -32,11 +33,12 @@ mod staging;
 mod stats;
 mod views;
 
+pub use builder::{Builder, Chosen, Events, StartError};
 pub use choose::{Hints, choose_delivery};
 pub use delivery::Delivery;
 pub use histogram::Latency;
 pub use install::InstallMethod;
-pub use pager::{Builder, Chosen, Events, Pager, StartError, Status};
+pub use pager::{Pager, Status};
 pub use prefetch::Prefetch;
 pub use source::{Completion, Fill, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
 pub use stats::{Counts, Statistics};

@@ -117,6 +117,29 @@ fn all_of_it_in_both_urgencies() {
     }
 }
 
+/// A thread may ask for a page to be hurried that arrives before the asking is done; meanwhile the
+/// counts are agreed upon, and the source must not hear of it any more.
+#[test]
+fn hurrying_after_completion() {
+    let from = filled(&[(16, PAGE)]);
+    let server = serve(&"127.0.0.1:0".parse().unwrap(), &from, ServerOptions::default());
+    let sink = RecordingSink::arc(&layout(&[(16, PAGE)]));
+    let source = attach(&server, &sink);
+    request(&source, &sink, span(0, 0, 16), Urgency::Prefetch);
+    sink.wait_answered(16);
+    source.expedite(span(0, 1, 1)).unwrap();
+    source.complete(everything(16, 0)).unwrap();
+    source.expedite(span(0, 2, 1)).unwrap();
+    source.expedite(span(0, 3, 1)).unwrap();
+    source.detach();
+    let until = Instant::now() + Duration::from_secs(5);
+    while server.stats().sessions > 0 && Instant::now() < until {
+        thread::yield_now();
+    }
+    let stats = server.stats();
+    assert_eq!((stats.sessions, stats.failed), (0, 0));
+}
+
 #[test]
 fn poisoned_and_discarded_granules() {
     let from = filled(&[(16, PAGE)]);

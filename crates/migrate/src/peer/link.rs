@@ -1,6 +1,9 @@
 //! One connection of a client: its socket, its state, and the handshake.
 
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, TryLockError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use rustix::{
     io::Errno,
@@ -25,6 +28,8 @@ pub(crate) struct Link {
     /// Held while a frame is written, so that frames do not mix. Whoever holds it touches no
     /// guest memory.
     writer: Mutex<Option<Arc<Stream>>>,
+    /// The counts were sent. Changed with `writer` held.
+    counted: AtomicBool,
     /// The same socket for whoever must not wait for a writer.
     control: Mutex<Option<Arc<Stream>>>,
     pub(crate) session: Mutex<ClientSession>,
@@ -37,6 +42,23 @@ impl Link {
             Some(stream) => stream.send(frame),
             None => Err(Errno::NOTCONN),
         }
+    }
+
+    /// Sends the counts: nothing is asked for afterwards.
+    pub(crate) fn send_counts(&self, frame: &[u8]) -> Result<(), Errno> {
+        let writer = lock(&self.writer);
+        self.counted.store(true, Ordering::Relaxed);
+        writer.as_ref().map_or(Err(Errno::NOTCONN), |stream| stream.send(frame))
+    }
+
+    /// Sends a frame that means nothing once all pages have come, unless they have: whoever wants
+    /// a page hurried may be overtaken by that page, and by the counts. Allocates nothing.
+    pub(crate) fn send_before_counts(&self, frame: &[u8]) -> Result<(), Errno> {
+        let writer = lock(&self.writer);
+        if self.counted.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        writer.as_ref().map_or(Err(Errno::NOTCONN), |stream| stream.send(frame))
     }
 
     /// Ends both directions of the connection, whatever is being done on it.
@@ -109,6 +131,7 @@ pub(crate) fn open(
     reader.set_tick(options.tick())?;
     let link = Link {
         writer: Mutex::new(Some(Arc::clone(&stream))),
+        counted: AtomicBool::new(false),
         control: Mutex::new(Some(stream)),
         session: Mutex::new(session),
     };

@@ -14,6 +14,7 @@ use std::{
 };
 
 use pageferry_paging::{Completion, PageSink, PageSource, SourceError, Span, Urgency};
+use rustix::io::Errno;
 
 pub(crate) use self::link::{Link, lock, new_session, open};
 use self::{receiver::Receiver, routes::Routes};
@@ -201,7 +202,7 @@ impl PeerSource {
             return Err(MigrateError::MoreThanAnswered { installed, answered: ours });
         }
         lock(&inner.demand.session).complete(ours)?;
-        inner.demand.send(&Encoder::complete(ours)).map_err(|error| MigrateError::Io {
+        inner.demand.send_counts(&Encoder::complete(ours)).map_err(|error| MigrateError::Io {
             what: "sending the counts",
             error: error.into(),
         })?;
@@ -302,10 +303,15 @@ impl Inner {
 
     /// Sends a header-only frame. Allocates nothing: see [`PeerSource`].
     fn send(&self, channel: Channel, frame: &[u8; HEADER_LEN]) -> Result<(), SourceError> {
+        self.sent(|| self.link(channel).send(frame))
+    }
+
+    /// Calls `send`, and ends the session if it fails. Allocates nothing.
+    fn sent(&self, send: impl FnOnce() -> Result<(), Errno>) -> Result<(), SourceError> {
         if self.failed.load(Ordering::Acquire) {
             return Err(SourceError::Lost(String::new()));
         }
-        self.link(channel).send(frame).map_err(|error| {
+        send().map_err(|error| {
             // The receiving threads wake up, find this, and tell the sink.
             let _ = self.write_error.compare_exchange(
                 0,
@@ -401,8 +407,10 @@ impl PageSource for PeerSource {
     }
 
     fn expedite(&self, span: Span) -> Result<(), SourceError> {
-        self.inner
-            .wire_spans(span, |_, wire| self.inner.send(Channel::Demand, &Encoder::expedite(wire)))
+        let inner = &*self.inner;
+        inner.wire_spans(span, |_, wire| {
+            inner.sent(|| inner.demand.send_before_counts(&Encoder::expedite(wire)))
+        })
     }
 
     fn signal_safe(&self) -> bool {

@@ -17,11 +17,13 @@ use crate::{
 ///
 /// Its *guest view* is the mapping in which the guest faults. Its *fill view*, if there is one,
 /// shows the same pages and never faults: bytes are written there before the guest may see them.
+/// Its *vCPU view*, if there is one, is a third mapping, for KVM's memory slot alone.
 /// Page size (of the backing) and granule (the unit of presence) are not always the same.
 #[derive(Debug)]
 pub struct Region {
     guest_view: Arc<Mapping>,
     fill_view: Option<Arc<Mapping>>,
+    vcpu_view: Option<Arc<Mapping>>,
     file: Option<MemoryFile>,
     backing: Backing,
     page_size: PageSize,
@@ -61,11 +63,13 @@ impl Geometry {
         backing: Backing,
         guest_view: Arc<Mapping>,
         fill_view: Option<Arc<Mapping>>,
+        vcpu_view: Option<Arc<Mapping>>,
         file: Option<MemoryFile>,
     ) -> Region {
         Region {
             guest_view,
             fill_view,
+            vcpu_view,
             file,
             backing,
             page_size: self.page_size,
@@ -104,11 +108,13 @@ impl Region {
 
         let len = config.len;
         let mapping_failed = |view| move |source| RegionError::Mapping { guest_base, view, source };
-        let (guest, fill, file) = match file_kind {
-            None if config.fill_view => {
-                return Err(RegionError::NoFillView { guest_base, backing: config.backing });
+        let (guest, fill, vcpu, file) = match file_kind {
+            None if config.fill_view || config.vcpu_view => {
+                let view = if config.fill_view { "fill" } else { "vCPU" };
+                let backing = config.backing;
+                return Err(RegionError::NoSecondView { view, guest_base, backing });
             }
-            None => (Mapping::anonymous(len).map_err(mapping_failed("guest"))?, None, None),
+            None => (Mapping::anonymous(len).map_err(mapping_failed("guest"))?, None, None, None),
             Some(kind) => {
                 let hugetlb = match kind {
                     MemoryFileKind::Normal => None,
@@ -119,16 +125,18 @@ impl Region {
                 let map =
                     |view| Mapping::shared(&file, 0, len, hugetlb).map_err(mapping_failed(view));
                 let guest = map("guest")?;
-                let fill = if config.fill_view { Some(map("fill")?) } else { None };
-                (guest, fill, Some(file))
+                let fill = config.fill_view.then(|| map("fill")).transpose()?;
+                let vcpu = config.vcpu_view.then(|| map("vCPU")).transpose()?;
+                (guest, fill, vcpu, Some(file))
             }
         };
         if !matches!(config.backing, Backing::Hugetlb(_)) {
-            for view in std::iter::once(&guest).chain(&fill) {
+            for view in std::iter::once(&guest).chain(&fill).chain(&vcpu) {
                 set_thp(view, config.thp, guest_base)?;
             }
         }
-        Ok(geometry.region(config.backing, Arc::new(guest), fill.map(Arc::new), file))
+        let [fill, vcpu] = [fill, vcpu].map(|view| view.map(Arc::new));
+        Ok(geometry.region(config.backing, Arc::new(guest), fill, vcpu, file))
     }
 
     /// Takes memory that an embedder has mapped: every granule is absent.
@@ -157,19 +165,27 @@ impl Region {
             image_offset,
         };
         geometry.check()?;
-        for view in std::iter::once(&guest_view).chain(&fill_view) {
-            let range = view.range();
-            if !range.start().is_aligned(page_size.bytes()) {
-                return Err(RegionError::ViewAlignment { view: range, page_size });
-            }
+        check_aligned(guest, page_size)?;
+        if let Some(fill) = fill_view.as_ref().map(|view| view.range()) {
+            check_aligned(fill, page_size)?;
+            check_views("fill", fill, guest)?;
         }
-        match fill_view.as_ref().map(|view| view.range()) {
-            Some(fill) if fill.len() != guest.len() || fill.overlaps(guest) => {
-                return Err(RegionError::ViewMismatch { guest, fill });
-            }
-            _ => {}
+        Ok(geometry.region(Backing::External, guest_view, fill_view, None, None))
+    }
+
+    /// Adds a vCPU view that an embedder has mapped: the same memory as the guest view from its
+    /// first byte on, which cannot be checked here.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError::ViewAlignment`] or [`RegionError::ViewMismatch`].
+    pub fn with_vcpu_view(self, view: Arc<Mapping>) -> Result<Self, RegionError> {
+        let range = view.range();
+        check_aligned(range, self.page_size)?;
+        for other in std::iter::once(&self.guest_view).chain(&self.fill_view) {
+            check_views("vCPU", range, other.range())?;
         }
-        Ok(geometry.region(Backing::External, guest_view, fill_view, None))
+        Ok(Self { vcpu_view: Some(view), ..self })
     }
 
     /// The mapping in which the guest faults.
@@ -182,6 +198,18 @@ impl Region {
     #[inline]
     pub fn fill_view(&self) -> Option<&Arc<Mapping>> {
         self.fill_view.as_ref()
+    }
+
+    /// The mapping that only KVM's memory slot uses, if it has one of its own.
+    #[inline]
+    pub fn vcpu_view(&self) -> Option<&Arc<Mapping>> {
+        self.vcpu_view.as_ref()
+    }
+
+    /// What KVM's memory slot is made of: the vCPU view or, without one, the guest view.
+    #[inline]
+    pub fn kvm_view(&self) -> &Arc<Mapping> {
+        self.vcpu_view.as_ref().unwrap_or(&self.guest_view)
     }
 
     /// The memory file behind the views, if the region made one.
@@ -379,6 +407,21 @@ impl Region {
     fn out_of_region(&self, granules: GranuleRange) -> ! {
         panic!("{granules} are not all in a region of {} granules", self.granules())
     }
+}
+
+fn check_aligned(view: HostRange, page_size: PageSize) -> Result<(), RegionError> {
+    if view.start().is_aligned(page_size.bytes()) {
+        return Ok(());
+    }
+    Err(RegionError::ViewAlignment { view, page_size })
+}
+
+/// Two views of the same memory are as long as each other, and two.
+fn check_views(name: &'static str, view: HostRange, other: HostRange) -> Result<(), RegionError> {
+    if view.len() == other.len() && !view.overlaps(other) {
+        return Ok(());
+    }
+    Err(RegionError::ViewMismatch { name, view, other })
 }
 
 fn set_thp(view: &Mapping, thp: Thp, guest_base: GuestAddress) -> Result<(), RegionError> {

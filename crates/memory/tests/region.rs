@@ -134,17 +134,19 @@ fn impossible_regions_are_refused() {
     let anonymous = config(0, MIB);
     let external = RegionConfig { backing: Backing::External, ..anonymous.clone() };
     let fill_view = RegionConfig { fill_view: true, ..anonymous.clone() };
+    let vcpu_view = RegionConfig { vcpu_view: true, ..anonymous.clone() };
     let granule = RegionConfig { granule: Some(PageSize::SIZE_2M), ..anonymous.clone() };
     let image = RegionConfig { image_offset: ImageOffset::new(u64::MAX - MIB + 1), ..anonymous };
     type IsExpected = fn(&RegionError) -> bool;
-    let cases: [(&str, RegionConfig, IsExpected); 8] = [
+    let cases: [(&str, RegionConfig, IsExpected); 9] = [
         ("empty", config(0, 0), |e| matches!(e, RegionError::Length { .. })),
         ("odd length", config(0, 4097), |e| matches!(e, RegionError::Length { .. })),
         ("granule", granule, |e| matches!(e, RegionError::Length { .. })),
         ("odd base", config(17, MIB), |e| matches!(e, RegionError::GuestBase { .. })),
         ("high base", config(!0xfff, MIB), |e| matches!(e, RegionError::GuestBase { .. })),
         ("high image", image, |e| matches!(e, RegionError::ImageOffset { .. })),
-        ("fill view", fill_view, |e| matches!(e, RegionError::NoFillView { .. })),
+        ("fill view", fill_view, |e| matches!(e, RegionError::NoSecondView { view: "fill", .. })),
+        ("vCPU view", vcpu_view, |e| matches!(e, RegionError::NoSecondView { view: "vCPU", .. })),
         ("external", external, |e| matches!(e, RegionError::ExternalBacking { .. })),
     ];
     for (name, config, is_expected) in cases {

@@ -10,8 +10,8 @@ use std::{
 
 use pageferry_memory::{Layout, Mapping, MappingError};
 use pageferry_uffd::{
-    Features, OpenError, OpenWay, Options, RegisterError, RegisterMode, Registration, Userfaultfd,
-    Wake,
+    Features, OpenError, OpenWay, Options, RegisterError, RegisterMode, Registration, UffdError,
+    Userfaultfd, Wake,
 };
 use rustix::event::EventfdFlags;
 
@@ -25,6 +25,7 @@ use crate::{
     },
     gate::Gate,
     install::{InstallMethod, Target},
+    pager::Marks,
     pending::Pending,
     prefetch::{Prefetch, Prefetcher},
     slot::SourceSlot,
@@ -60,6 +61,15 @@ pub enum StartError {
         /// What the kernel said.
         #[source]
         error: RegisterError,
+    },
+    /// The absent pages of a region could not be marked for vCPUs to leave KVM_RUN.
+    #[error("marking the absent pages of region {region}: {error}")]
+    Mark {
+        /// The region's number.
+        region: u16,
+        /// What the kernel said.
+        #[source]
+        error: UffdError,
     },
     /// The install asked for does not fit a region.
     #[error("region {region}: {why}")]
@@ -236,8 +246,12 @@ impl Builder {
             registrations,
             kept_out,
             attaching: Mutex::new(()),
+            marks: Marks::new(delivery.exits()),
         };
         // From here on dropping the pager undoes everything.
+        if delivery.exits() {
+            pager.mark_absent()?;
+        }
         pager.attach_source(source)?;
         pager
             .spawn(&opened, ReaderConfig { batch: self.batch })
@@ -263,6 +277,7 @@ impl Builder {
         match delivery {
             Delivery::Signal => required |= Features::SIGBUS,
             Delivery::ByThread(_) | Delivery::ByCpu(_) => required |= Features::THREAD_ID,
+            Delivery::Exit | Delivery::Hybrid(_) => required |= Features::POISON,
             _ => {}
         }
         if self.events == Events::Watch {
@@ -272,7 +287,7 @@ impl Builder {
         let uffds = (0..count)
             .map(|_| self.options(required, optional).open().map(Arc::new))
             .collect::<Result<_, _>>()?;
-        Ok(Opened { uffds, delivery, why, available })
+        Ok(Opened { uffds, delivery, why, available, signal_safe })
     }
 
     fn options(&self, required: Features, optional: Features) -> Options {
@@ -284,13 +299,22 @@ impl Builder {
     }
 
     fn targets(&self, opened: &Opened) -> Result<Box<[Target]>, StartError> {
-        let wake = if opened.delivery == Delivery::Signal { Wake::No } else { Wake::Yes };
+        let nobody_waits = match opened.delivery {
+            Delivery::Signal => true,
+            // Without readers nobody may wait in the kernel, or would for ever.
+            Delivery::Exit => self.events == Events::Ignore,
+            _ => false,
+        };
+        let wake = if nobody_waits { Wake::No } else { Wake::Yes };
         let shards = opened.uffds.len() as u64;
         self.layout
             .iter()
             .map(|(id, region)| {
                 let method = choose::granule(region, self.events == Events::Watch)
-                    .and_then(|()| choose::method(self.install, region, opened.available))
+                    .and_then(|()| {
+                        let exits = opened.delivery.exits();
+                        choose::method(self.install, region, opened.available, exits)
+                    })
                     .map_err(|why| StartError::Install { region: id.get(), why })?;
                 // Whole pages of the backing, so that every shard can be registered.
                 let page_granules = (region.page_size().bytes() / region.granule().bytes()).max(1);
@@ -304,7 +328,8 @@ impl Builder {
                     shards: opened.uffds[..used].iter().cloned().collect(),
                     granules_per_shard: per_shard,
                     wake,
-                    zeropage: region.page_size() == pageferry_memory::PageSize::SIZE_4K,
+                    zeropage: region.page_size() == pageferry_memory::PageSize::SIZE_4K
+                        && !opened.delivery.exits(),
                 })
             })
             .collect()
@@ -317,15 +342,17 @@ impl Builder {
     ) -> Result<Vec<Registration<Arc<Mapping>>>, StartError> {
         let mut registrations = Vec::new();
         for target in targets {
-            let view = target.region.guest_view();
+            let region = &target.region;
             // A child would see zeros where pages are absent: it gets none of this memory. Following
             // it by its fork event instead would hold up `fork` until the event is read, with
             // glibc holding the locks of the allocator, which the source that the reading thread
             // is busy with may want.
-            kept_out.add(view).map_err(|error| StartError::Resources {
-                what: "keeping the memory out of children",
-                error,
-            })?;
+            for view in std::iter::once(region.guest_view()).chain(region.vcpu_view()) {
+                kept_out.add(view).map_err(|error| StartError::Resources {
+                    what: "keeping the memory out of children",
+                    error,
+                })?;
+            }
             let mode = match target.method {
                 InstallMethod::Continue => RegisterMode::MISSING | RegisterMode::MINOR,
                 InstallMethod::Copy | InstallMethod::Move => RegisterMode::MISSING,
@@ -334,11 +361,22 @@ impl Builder {
             while !rest.is_empty() {
                 let (uffd, count) = target.shard(rest);
                 let (part, after) = rest.split_at(count);
-                let range = target.region.host_range(part);
-                let registration = uffd
-                    .register(Arc::clone(view), range, mode)
-                    .map_err(|error| StartError::Register { region: target.id.get(), error })?;
-                registrations.push(registration);
+                let mut register = |view: &Arc<Mapping>, range, mode| {
+                    let registered = uffd.register(Arc::clone(view), range, mode);
+                    registrations.push(registered.map_err(|error| StartError::Register {
+                        region: target.id.get(),
+                        error,
+                    })?);
+                    Ok::<(), StartError>(())
+                };
+                register(region.guest_view(), region.host_range(part), mode)?;
+                if let Some(view) = region.vcpu_view() {
+                    // What came is mapped here by CONTINUE, however it came.
+                    let both = RegisterMode::MISSING | RegisterMode::MINOR;
+                    let offset = part.first().get() << region.granule().shift();
+                    let len = part.count() << region.granule().shift();
+                    register(view, view.range().split_at(offset).1.split_at(len).0, both)?;
+                }
                 rest = after;
             }
         }
@@ -351,9 +389,18 @@ struct Opened {
     delivery: Delivery,
     why: String,
     available: Features,
+    signal_safe: bool,
 }
 
 impl Pager {
+    fn mark_absent(&self) -> Result<(), StartError> {
+        let inside = self.core.gate.install();
+        self.core.targets.iter().try_for_each(|target| {
+            let region = target.id.get();
+            target.mark_absent(&inside).map_err(|error| StartError::Mark { region, error })
+        })
+    }
+
     /// Starts the threads that deliver faults, and the pager's own.
     fn spawn(&mut self, opened: &Opened, config: ReaderConfig) -> io::Result<()> {
         let core = &self.core;
@@ -369,6 +416,14 @@ impl Pager {
         let dispatched = |workers, by| {
             spawn_dispatched(core, Arc::clone(first), &self.stop, config, workers, by)
         };
+        if opened.delivery.exits()
+            && opened.signal_safe
+            && core.layout.iter().any(|(_, region)| region.vcpu_view().is_none())
+        {
+            // The marks are in the view that everybody uses: what is an exit for a vCPU is SIGBUS
+            // for the others.
+            self.signal = Some(Registered::new(Arc::clone(core))?);
+        }
         match opened.delivery {
             Delivery::Signal => {
                 if watched {
@@ -376,7 +431,9 @@ impl Pager {
                 }
                 self.signal = Some(Registered::new(Arc::clone(core))?);
             }
-            Delivery::QueueN(readers) => {
+            Delivery::Exit if !watched => {}
+            Delivery::Exit => self.threads.push(reader(first, "pf-events".into())?),
+            Delivery::QueueN(readers) | Delivery::Hybrid(readers) => {
                 for index in 0..readers {
                     self.threads.push(reader(first, format!("pf-reader-{index}"))?);
                 }

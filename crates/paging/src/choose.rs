@@ -32,11 +32,12 @@ pub fn choose_delivery(
     let counted = |n: u16| if n == 0 { cpus.min(8) } else { n };
     let asked = |delivery: Delivery| (delivery, "as asked".to_owned());
     match wanted {
-        Delivery::Queue | Delivery::Signal => asked(wanted),
+        Delivery::Queue | Delivery::Signal | Delivery::Exit => asked(wanted),
         Delivery::QueueN(n) => asked(Delivery::QueueN(counted(n))),
         Delivery::ByThread(n) => asked(Delivery::ByThread(counted(n))),
         Delivery::ByCpu(n) => asked(Delivery::ByCpu(counted(n))),
         Delivery::Sharded(n) => asked(Delivery::Sharded(counted(n))),
+        Delivery::Hybrid(n) => asked(Delivery::Hybrid(counted(n))),
         Delivery::Auto if hints.user_mode_only && signal_safe_source && signal_available => (
             Delivery::Signal,
             "all accesses are this process's own, in user mode, and the source can be asked from a \
@@ -98,11 +99,17 @@ pub(crate) fn method(
     wanted: Option<InstallMethod>,
     region: &Region,
     available: Features,
+    exits: bool,
 ) -> Result<InstallMethod, String> {
     let minor = match region.backing() {
         Backing::Hugetlb(_) => Features::MINOR_HUGETLBFS,
         _ => Features::MINOR_SHMEM,
     };
+    if region.vcpu_view().is_some() && !available.contains(minor) {
+        return Err("a vCPU view of its own needs minor faults, which this kernel does not offer \
+                    here: let KVM use the guest view"
+            .into());
+    }
     let can_continue = region.fill_view().is_some() && available.contains(minor);
     match wanted {
         None if can_continue => Ok(InstallMethod::Continue),
@@ -115,6 +122,9 @@ pub(crate) fn method(
             Err("CONTINUE needs minor faults, which this kernel does not offer here".into())
         }
         Some(InstallMethod::Continue) => Ok(InstallMethod::Continue),
+        Some(InstallMethod::Move) if exits => {
+            Err("MOVE does not replace the markers that vCPUs leave KVM_RUN for".into())
+        }
         Some(InstallMethod::Move) if !available.contains(Features::MOVE) => {
             Err("MOVE needs Linux 6.8 or newer".into())
         }

@@ -375,6 +375,9 @@ impl Core {
                 }
                 rest = after;
             }
+            target.each_vcpu_place(inside, target.region.all_granules(), |uffd, host| {
+                visit(target, uffd, host);
+            });
         }
     }
 

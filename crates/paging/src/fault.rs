@@ -117,7 +117,7 @@ impl Core {
         self.demand(region, GranuleRange::new(granule, 1), fault.kind, fault.at, changing)
     }
 
-    fn find(&self, address: HostAddress) -> Option<(RegionId, GranuleIndex)> {
+    pub(crate) fn find(&self, address: HostAddress) -> Option<(RegionId, GranuleIndex)> {
         self.gate.install().find(address)
     }
 

@@ -12,6 +12,7 @@ use crate::{
     gate::Inside,
     staging::MovablePages,
     stats::{Counter, Stats},
+    views::View,
 };
 
 /// How granules of a region are made present.
@@ -37,7 +38,7 @@ pub(crate) struct Target {
     pub(crate) granules_per_shard: u64,
     /// Whether threads may wait in the kernel for an install.
     pub(crate) wake: Wake,
-    /// ZEROPAGE works on this memory (not on hugetlb).
+    /// ZEROPAGE works on this memory: not on hugetlb, and not over markers.
     pub(crate) zeropage: bool,
 }
 
@@ -60,6 +61,14 @@ pub(crate) fn requested(map: &PageMap, run: GranuleRange) -> Option<GranuleRange
         return (map.state(run.first()) == State::Requested).then_some(run);
     }
     map.next_run(State::Requested, run.first(), run.count())?.intersection(run)
+}
+
+/// Where granules are installed.
+struct Place<'a> {
+    inside: &'a Inside<'a>,
+    uffd: &'a Userfaultfd,
+    host: HostRange,
+    part: GranuleRange,
 }
 
 /// How far an install came.
@@ -114,7 +123,8 @@ impl Target {
                 continue;
             };
             let watched = !matches!(inside, Inside::Open(_));
-            match self.install_mapped(uffd, host, whole, part, data, watched, stats) {
+            let place = Place { inside, uffd, host, part };
+            match self.install_mapped(&place, whole, data, watched, stats) {
                 Progress::Done => at = part.end(),
                 other => return other,
             }
@@ -124,17 +134,15 @@ impl Target {
     }
 
     /// Installs a part that is contiguous in host memory and belongs to one userfaultfd.
-    #[allow(clippy::too_many_arguments)]
     fn install_mapped(
         &self,
-        uffd: &Userfaultfd,
-        host: HostRange,
+        place: &Place<'_>,
         whole: GranuleRange,
-        part: GranuleRange,
         data: Data<'_>,
         watched: bool,
         stats: &Stats,
     ) -> Progress {
+        let &Place { uffd, host, part, .. } = place;
         let granule = self.region.granule();
         let page = self.region.page_size().bytes();
         let data_offset = (part.first().get() - whole.first().get()) << granule.shift();
@@ -150,7 +158,7 @@ impl Target {
                 Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
                 Ok(Outcome::Retry { .. }) => {
                     stats.add(Counter::eagain, 1);
-                    self.publish(part, done, stats);
+                    self.publish(place, done, stats);
                     return Progress::Changing(granule_at(done));
                 }
                 Ok(Outcome::AlreadyPresent { done: more })
@@ -161,7 +169,7 @@ impl Target {
                     if absent.again() {
                         continue;
                     }
-                    self.publish(part, done, stats);
+                    self.publish(place, done, stats);
                     return Progress::Refused { at: granule_at(done), why: NO_HUGE_PAGE.into() };
                 }
                 Ok(Outcome::AlreadyPresent { done: more }) => {
@@ -172,13 +180,13 @@ impl Target {
                     if self.wake == Wake::Yes
                         && let Err(error) = uffd.wake(present)
                     {
-                        return self.refuse(part, done, &error, stats);
+                        return self.refuse(place, done, &error, stats);
                     }
                     done += page;
                 }
                 Ok(Outcome::RangeGone { done: more }) => {
                     done += more;
-                    self.publish(part, done, stats);
+                    self.publish(place, done, stats);
                     if watched {
                         // Unmapped or moved, its event still unread.
                         return Progress::Changing(granule_at(done));
@@ -191,34 +199,117 @@ impl Target {
                 Ok(Outcome::ProcessGone { .. }) => return Progress::Done,
                 Ok(Outcome::Poisoned { done: more }) => {
                     done += more;
-                    self.publish(part, done, stats);
+                    self.publish(place, done, stats);
                     return Progress::Refused {
                         at: granule_at(done),
                         why: "the page is poisoned (EHWPOISON)".into(),
                     };
                 }
-                Err(error) => return self.refuse(part, done, &error, stats),
+                Err(error) => return self.refuse(place, done, &error, stats),
             }
         }
-        self.publish(part, done, stats);
+        self.publish(place, done, stats);
         Progress::Done
     }
 
-    fn refuse(&self, part: GranuleRange, done: u64, why: &UffdError, stats: &Stats) -> Progress {
-        self.publish(part, done, stats);
-        let at = part.first().get() + (done >> self.region.granule().shift());
+    fn refuse(&self, place: &Place<'_>, done: u64, why: &UffdError, stats: &Stats) -> Progress {
+        self.publish(place, done, stats);
+        let at = place.part.first().get() + (done >> self.region.granule().shift());
         Progress::Refused { at: GranuleIndex::new(at), why: why.to_string() }
     }
 
-    /// Publishes the granules that the first `done` bytes of `part` make whole.
-    fn publish(&self, part: GranuleRange, done: u64, stats: &Stats) {
+    /// Publishes the granules that the first `done` bytes of `place` make whole.
+    fn publish(&self, place: &Place<'_>, done: u64, stats: &Stats) {
+        let part = place.part;
         let whole = (done >> self.region.granule().shift()).min(part.count());
+        self.map_for_vcpus(place.inside, GranuleRange::new(part.first(), whole));
         // Counted first: whoever sees the last granule present also sees it counted.
         if whole > 0 {
             stats.add(Counter::installed, whole);
             stats.mark_first_page();
         }
         self.region.page_map().publish(GranuleRange::new(part.first(), whole));
+    }
+
+    /// Maps granules that are in the page cache in the vCPU view, if there is one. Where that does
+    /// not succeed a vCPU faults again, and is answered then.
+    pub(crate) fn map_for_vcpus(&self, inside: &Inside<'_>, granules: GranuleRange) {
+        if self.region.vcpu_view().is_none() {
+            return;
+        }
+        let page = self.region.page_size().bytes();
+        let mode = CopyMode { wake: self.wake == Wake::Yes, write_protect: false };
+        self.each_vcpu_place(inside, granules, |uffd, host| {
+            let mut done = 0;
+            while done < host.len() {
+                match uffd.continue_range(host.skip(done), mode) {
+                    Ok(Outcome::Installed { bytes }) => done += bytes,
+                    Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
+                    other => {
+                        let skipped = match other {
+                            Ok(Outcome::AlreadyPresent { done: more }) => more + page,
+                            // The rest is not tried: what stands in the way concerns all of it.
+                            _ => host.len() - done,
+                        };
+                        let left = HostRange::new(host.skip(done).start(), skipped);
+                        if self.wake == Wake::Yes
+                            && let Err(error) = uffd.wake(left)
+                        {
+                            tracing::debug!("{error}");
+                        }
+                        done += skipped;
+                    }
+                }
+            }
+        });
+    }
+
+    /// Calls `visit` with every stretch of the vCPU view that shows some of `granules`.
+    pub(crate) fn each_vcpu_place(
+        &self,
+        inside: &Inside<'_>,
+        granules: GranuleRange,
+        mut visit: impl FnMut(&Userfaultfd, HostRange),
+    ) {
+        let mut rest = granules;
+        while self.region.vcpu_view().is_some() && !rest.is_empty() {
+            let (uffd, shared) = self.shard(rest);
+            let part = rest.split_at(shared).0;
+            let Some((host, part)) = inside.place_in(View::Vcpu, self.id, part) else {
+                rest = rest.split_at(1).1;
+                continue;
+            };
+            visit(uffd, host);
+            rest = rest.split_at(part.count()).1;
+        }
+    }
+
+    /// Marks every absent page of what KVM maps, so that a vCPU that touches it leaves KVM_RUN.
+    /// Before anything is delivered: nothing else changes this memory yet.
+    pub(crate) fn mark_absent(&self, inside: &Inside<'_>) -> Result<(), UffdError> {
+        let view = if self.region.vcpu_view().is_some() { View::Vcpu } else { View::Guest };
+        let mut rest = self.region.all_granules();
+        while !rest.is_empty() {
+            let (uffd, shared) = self.shard(rest);
+            let part = rest.split_at(shared).0;
+            let Some((host, part)) = inside.place_in(view, self.id, part) else { break };
+            let page = self.region.page_size().bytes();
+            let mut done = 0;
+            while done < host.len() {
+                match uffd.poison(host.skip(done), Wake::No)? {
+                    Outcome::Installed { bytes } => done += bytes,
+                    // Already touched: not absent, and no vCPU has to leave for it.
+                    Outcome::AlreadyPresent { done: more } => done += more + page,
+                    // Nothing but a moment's contention: no event is read or waited for yet.
+                    Outcome::Retry { done: more } => done += more,
+                    Outcome::RangeGone { .. }
+                    | Outcome::ProcessGone { .. }
+                    | Outcome::Poisoned { .. } => return Ok(()),
+                }
+            }
+            rest = rest.split_at(part.count()).1;
+        }
+        Ok(())
     }
 
     fn call(
@@ -256,6 +347,7 @@ impl Target {
             let Some(run) = run.and_then(|run| run.intersection(left)) else { break };
             let (uffd, shared) = self.shard(run);
             let part = GranuleRange::new(run.first(), shared);
+            self.each_vcpu_place(inside, part, |uffd, host| self.poison_for_vcpus(uffd, host));
             let Some((host, part)) = inside.place(self.id, part) else {
                 at = GranuleIndex::new(part.first().get() + 1);
                 continue;
@@ -275,6 +367,28 @@ impl Target {
             return Progress::Done;
         };
         self.poison_part(uffd, host, part)
+    }
+
+    /// Absent pages of the vCPU view are marked already where vCPUs leave KVM_RUN for them; where
+    /// they wait in the kernel they are sent on to the error.
+    fn poison_for_vcpus(&self, uffd: &Userfaultfd, host: HostRange) {
+        let page = self.region.page_size().bytes();
+        let mut done = 0;
+        while done < host.len() {
+            done += match uffd.poison(host.skip(done), self.wake) {
+                Ok(Outcome::Installed { bytes }) => bytes,
+                Ok(Outcome::Retry { done: more }) if more > 0 => more,
+                // Mapped, or marked.
+                Ok(Outcome::AlreadyPresent { done: more }) => more + page,
+                // The vCPU faults again, and is answered then.
+                _ => break,
+            };
+        }
+        if self.wake == Wake::Yes
+            && let Err(error) = uffd.wake(host)
+        {
+            tracing::debug!("{error}");
+        }
     }
 
     fn poison_part(&self, uffd: &Userfaultfd, host: HostRange, part: GranuleRange) -> Progress {

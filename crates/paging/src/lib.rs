@@ -35,7 +35,7 @@ mod views;
 
 pub use builder::{Builder, Chosen, Events, StartError};
 pub use choose::{Hints, choose_delivery};
-pub use delivery::Delivery;
+pub use delivery::{Delivery, Resolved};
 pub use histogram::Latency;
 pub use install::InstallMethod;
 pub use pager::{Pager, Status};

@@ -2,19 +2,22 @@
 
 use std::{
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, atomic::Ordering::*},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, Ordering::*},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use pageferry_memory::{GranuleRange, HostAddress, Layout, Mapping, RegionId, State};
-use pageferry_uffd::{FaultKind, Registration};
+use pageferry_memory::{Advice, GranuleRange, HostAddress, Layout, Mapping, RegionId, State};
+use pageferry_uffd::Registration;
 
 use crate::{
     Builder, Chosen, Completion, PageSource, SourceError, Statistics,
     children::KeptOut,
     core::{AddressSpaceChanging, AttachedSink, Core},
-    delivery::{EveryQueue, signal::Registered},
+    delivery::{EveryQueue, Resolved, signal::Registered},
 };
 
 /// How it goes.
@@ -51,6 +54,25 @@ pub struct Pager {
     pub(crate) kept_out: KeptOut,
     /// One source is attached at a time.
     pub(crate) attaching: Mutex<()>,
+    pub(crate) marks: Marks,
+}
+
+/// Whether marks are left that vCPUs leave KVM_RUN for.
+pub(crate) struct Marks {
+    gone: AtomicBool,
+    asked: AtomicU32,
+}
+
+impl Marks {
+    pub(crate) fn new(exits: bool) -> Self {
+        Self { gone: AtomicBool::new(!exits), asked: AtomicU32::new(0) }
+    }
+
+    /// Whether to look for marks that are left after everything came: every so often, as it means
+    /// to look at the whole map.
+    fn look(&self) -> bool {
+        self.asked.fetch_add(1, Relaxed).is_multiple_of(4096)
+    }
 }
 
 impl Pager {
@@ -189,7 +211,67 @@ impl Pager {
     /// is about to touch it, or was told by other means that somebody did. True when it is there
     /// (or the address is in no region), false when it can never come.
     pub fn resolve(&self, address: HostAddress) -> bool {
-        self.core.resolve(address, FaultKind::Missing)
+        self.core.resolve(address)
+    }
+
+    /// Brings the granule at `address`, which a vCPU left KVM_RUN for, on the calling thread: an
+    /// address of the guest view or of the vCPU view. While it has to wait, `interrupted` is asked
+    /// at least every 5 ms whether to return without the granule, for a signal that is pending,
+    /// say.
+    ///
+    /// When the granule was there all the time, but not mapped at `address`, it is mapped
+    /// (CONTINUE, then MADV_POPULATE_WRITE).
+    pub fn resolve_exit(
+        &self,
+        address: HostAddress,
+        interrupted: &mut dyn FnMut() -> bool,
+    ) -> Resolved {
+        self.core.resolve_exit(address, interrupted)
+    }
+
+    /// Whether vCPUs may still leave KVM_RUN for absent memory: the delivery is by exits, and
+    /// there may be marked pages. Once false it stays so.
+    pub fn delivers_exits(&self) -> bool {
+        if self.marks.gone.load(Acquire) {
+            return false;
+        }
+        if self.core.remaining() > 0 || !self.marks.look() {
+            return true;
+        }
+        // A mark is left where memory was removed through its file, and where it is poisoned.
+        let gone = self.core.targets.iter().all(|target| {
+            let map = target.region.page_map();
+            map.count(State::Poisoned) + map.count(State::Discarded) == 0
+        });
+        if gone && self.core.remaining() == 0 {
+            self.marks.gone.store(true, Release);
+        }
+        !gone
+    }
+
+    /// Takes away the marks that are left where shared memory was removed through its file: it
+    /// reads as zero there. What was mapped there can be mapped again from the file.
+    fn clear_marks(&self) {
+        for target in &self.core.targets {
+            let region = &target.region;
+            let shared = region.vcpu_view().is_some() || region.fill_view().is_some();
+            if !self.chosen.delivery.exits() || !(shared || region.file().is_some()) {
+                continue;
+            }
+            let view = region.kvm_view();
+            let shift = region.granule().shift();
+            let mut rest = region.all_granules();
+            while let Some(run) =
+                region.page_map().next_run(State::Discarded, rest.first(), rest.count())
+            {
+                let (offset, len) = (run.first().get() << shift, run.count() << shift);
+                let range = view.range().split_at(offset).1.split_at(len).0;
+                if let Err(error) = view.advise(range, Advice::DontNeed) {
+                    tracing::warn!("removed memory at {range} may still be marked: {error}");
+                }
+                rest = rest.split_at(run.end().get() - rest.first().get()).1;
+            }
+        }
     }
 
     /// Reports every granule of this range, known to be present already, as such.
@@ -247,6 +329,9 @@ impl Drop for Pager {
         if safe {
             // A thread that is being held up by an event goes on.
             EveryQueue::of(&self.core).let_events_be_read();
+        }
+        if safe {
+            self.clear_marks();
         }
         // Only now: until then threads need their handler to get at memory that they removed.
         self.core.unregistered.store(true, Release);

@@ -15,6 +15,18 @@ use crate::{
 /// Makes sure that the thread stopped on a present or discarded granule can go on: with the page
 /// that is there, or with zeros if none is.
 pub(crate) fn settle(core: &Core, target: &Target, at: GranuleIndex, kind: FaultKind) -> Progress {
+    let progress = settle_guest(core, target, at, kind);
+    if matches!(progress, Progress::Done) && target.region.vcpu_view().is_some() {
+        let inside = core.gate.install();
+        // Not if it was removed meanwhile: then it is not there any more.
+        if target.region.page_map().state(at) == State::Present {
+            target.map_for_vcpus(&inside, GranuleRange::one(at));
+        }
+    }
+    progress
+}
+
+fn settle_guest(core: &Core, target: &Target, at: GranuleIndex, kind: FaultKind) -> Progress {
     let run = GranuleRange::one(at);
     match kind {
         // Nobody but a dirty tracker protects pages; here it means a stale message.

@@ -1,13 +1,23 @@
-//! Which host addresses show which granules: one piece a region at first, more after `mremap` and
+//! Which host addresses show which granules: one piece a view at first, more after `mremap` and
 //! `munmap`.
 
 use pageferry_memory::{GranuleIndex, GranuleRange, HostAddress, HostRange, Layout, RegionId};
+
+/// Which of a region's mappings.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum View {
+    /// Where everybody faults, but for the vCPUs if they have a view of their own.
+    Guest,
+    /// KVM's own.
+    Vcpu,
+}
 
 /// A stretch of host addresses showing consecutive granules.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 struct Piece {
     host: HostRange,
     region: RegionId,
+    view: View,
     first: GranuleIndex,
     granule_shift: u32,
 }
@@ -52,11 +62,16 @@ impl Views {
     pub(crate) fn of(layout: &Layout) -> Self {
         let mut pieces: Vec<Piece> = layout
             .iter()
-            .map(|(id, region)| Piece {
-                host: region.host_range(GranuleRange::new(GranuleIndex::new(0), region.granules())),
-                region: id,
-                first: GranuleIndex::new(0),
-                granule_shift: region.granule().shift(),
+            .flat_map(|(id, region)| {
+                let piece = move |host, view| Piece {
+                    host,
+                    region: id,
+                    view,
+                    first: GranuleIndex::new(0),
+                    granule_shift: region.granule().shift(),
+                };
+                let vcpu = region.vcpu_view().map(|view| piece(view.range(), View::Vcpu));
+                std::iter::once(piece(region.guest_view().range(), View::Guest)).chain(vcpu)
             })
             .collect();
         pieces.sort_by_key(|piece| piece.host.start());
@@ -73,17 +88,27 @@ impl Views {
         })
     }
 
-    /// Where the first granules of `run` are mapped: the longest prefix that is contiguous.
-    /// `None` when the first granule is mapped nowhere.
+    /// Where the first granules of `run` are mapped in the guest view: the longest prefix that is
+    /// contiguous. `None` when the first granule is mapped nowhere.
     pub(crate) fn place(
         &self,
+        region: RegionId,
+        run: GranuleRange,
+    ) -> Option<(HostRange, GranuleRange)> {
+        self.place_in(View::Guest, region, run)
+    }
+
+    /// As [`place`](Self::place), in this view.
+    pub(crate) fn place_in(
+        &self,
+        view: View,
         region: RegionId,
         run: GranuleRange,
     ) -> Option<(HostRange, GranuleRange)> {
         // Regions are few and pieces more so; the common case is a hit at the first try.
         self.pieces.iter().find_map(|piece| {
             let granules = piece.granules();
-            if piece.region != region || !granules.contains(run.first()) {
+            if piece.region != region || piece.view != view || !granules.contains(run.first()) {
                 return None;
             }
             let skipped = run.first().get() - granules.first().get();
@@ -103,10 +128,11 @@ impl Views {
         parts.map(|part| (part.region, part.granules()))
     }
 
-    /// `range` shows nothing any more. Returns what it showed.
+    /// `range` shows nothing any more. Returns what is gone for everybody: what only the vCPUs
+    /// cannot see any more is still in the guest view.
     pub(crate) fn unmap(&mut self, range: HostRange) -> Vec<(RegionId, GranuleRange)> {
-        let gone = self.take(range);
-        gone.iter().map(|piece| (piece.region, piece.granules())).collect()
+        let gone = self.take(range).into_iter().filter(|piece| piece.view == View::Guest);
+        gone.map(|piece| (piece.region, piece.granules())).collect()
     }
 
     /// What `from` showed is shown at `to` from now on.
@@ -156,6 +182,7 @@ mod tests {
         let piece = |start: u64, pages: u64, region| Piece {
             host: HostRange::new(HostAddress::new(start), pages << 12),
             region: RegionId::new(region),
+            view: View::Guest,
             first: GranuleIndex::new(0),
             granule_shift: 12,
         };
@@ -179,6 +206,22 @@ mod tests {
         assert_eq!(find(0x20000), None);
         assert_eq!(find(0x41fff), Some((RegionId::new(1), GranuleIndex::new(1))));
         assert_eq!(find(0xffff), None);
+    }
+
+    #[test]
+    fn a_granule_has_a_place_in_each_view() {
+        let mut views = views();
+        let vcpu = HostRange::new(HostAddress::new(0x90000), 8 << 12);
+        views.pieces.push(Piece { host: vcpu, view: View::Vcpu, ..views.pieces[1] });
+        let found = views.find(HostAddress::new(0x93000));
+        assert_eq!(found, Some((RegionId::new(1), GranuleIndex::new(3))));
+        assert_eq!(views.place(RegionId::new(1), run(3, 1)).unwrap().0, pages(0x43000, 1));
+        let place = |views: &Views| views.place_in(View::Vcpu, RegionId::new(1), run(3, 1));
+        assert_eq!(place(&views).unwrap().0, pages(0x93000, 1));
+        assert_eq!(views.place_in(View::Vcpu, RegionId::new(0), run(3, 1)), None);
+        assert_eq!(views.unmap(pages(0x92000, 2)), [], "the guest view still shows it");
+        assert_eq!(place(&views), None);
+        assert_eq!(views.find(HostAddress::new(0x43000)), found);
     }
 
     #[test]

@@ -60,6 +60,10 @@ pub struct RegionConfig {
     /// Whether to make a fill view: a second mapping that never faults, through which bytes are
     /// written. Only memfd and hugetlb can have one.
     pub fill_view: bool,
+    /// Whether to make a vCPU view: a mapping of its own for KVM's memory slot, so that faults of
+    /// vCPUs and of everybody else can be delivered in different ways. Only memfd and hugetlb can
+    /// have one.
+    pub vcpu_view: bool,
     /// Where the region's first byte is in the image.
     pub image_offset: ImageOffset,
 }
@@ -76,6 +80,7 @@ impl RegionConfig {
             granule: None,
             thp: Thp::default(),
             fill_view: matches!(backing, Backing::Memfd | Backing::Hugetlb(_)),
+            vcpu_view: false,
             image_offset: ImageOffset::new(0),
         }
     }
@@ -119,11 +124,13 @@ pub enum RegionError {
         /// The length, in bytes.
         len: u64,
     },
-    /// This backing cannot have a fill view.
+    /// This backing cannot have a second view.
     #[error(
-        "region at guest address {guest_base}: {backing} cannot be mapped a second time, so there is no fill view"
+        "region at guest address {guest_base}: {backing} cannot be mapped a second time, so there is no {view} view"
     )]
-    NoFillView {
+    NoSecondView {
+        /// Which view was asked for.
+        view: &'static str,
         /// Where the guest was to have the region.
         guest_base: GuestAddress,
         /// The backing.
@@ -137,13 +144,15 @@ pub enum RegionError {
         /// The page size stated for it.
         page_size: PageSize,
     },
-    /// The two mappings of an embedder are not two views of the same memory.
-    #[error("embedder's fill view {fill} and guest view {guest} differ in length or overlap")]
+    /// Two mappings of an embedder are not two views of the same memory.
+    #[error("embedder's {name} view {view} and view {other} differ in length or overlap")]
     ViewMismatch {
-        /// The guest view.
-        guest: HostRange,
-        /// The fill view.
-        fill: HostRange,
+        /// Which view.
+        name: &'static str,
+        /// Where it is.
+        view: HostRange,
+        /// The view that it does not go with.
+        other: HostRange,
     },
     /// [`Region::new`](super::Region::new) was asked for memory that only an embedder has.
     #[error(

@@ -22,17 +22,11 @@ use std::{
         atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering::*},
     },
     thread,
-    time::Duration,
 };
 
-use pageferry_memory::{HostAddress, State, WaitPolicy};
-use pageferry_uffd::FaultKind;
-use rustix::thread::futex;
+use pageferry_memory::HostAddress;
 
-use crate::{
-    core::{Core, WaitForReader},
-    fault::{Arrived, Handled},
-};
+use crate::core::Core;
 
 /// How many pagers of one process can deliver by signal at once.
 const SLOTS: usize = 64;
@@ -164,7 +158,7 @@ fn resolve(address: HostAddress) -> bool {
         // counted in `users` since before this load.
         let resolved = (!core.is_null()).then(|| unsafe { &*core }).and_then(|core| {
             core.gate.install().find(address)?;
-            Some(core.resolve(address, FaultKind::Missing))
+            Some(core.resolve(address))
         });
         slot.users.fetch_sub(1, SeqCst);
         if let Some(resolved) = resolved {
@@ -172,47 +166,6 @@ fn resolve(address: HostAddress) -> bool {
         }
     }
     false
-}
-
-impl Core {
-    /// Brings the granule at `address` for the calling thread, which waits. True when the access
-    /// can be repeated, false when it can never succeed.
-    pub(crate) fn resolve(&self, address: HostAddress, kind: FaultKind) -> bool {
-        let fault = Arrived { address, kind, thread: None, queue: None, at: self.stats.now() };
-        self.stats.add(crate::stats::Counter::faults, 1);
-        let policy = WaitPolicy { spins: 100, timeout: Some(Duration::from_secs(1)) };
-        loop {
-            let changed = self.source_changed.load(SeqCst);
-            match self.fault(fault, &WaitForReader(self)) {
-                Handled::There => return true,
-                Handled::Poisoned => return false,
-                // Moved or unmapped while we looked: the repeated access will tell.
-                Handled::NotOurs => return true,
-                Handled::NoSource => {
-                    let second = futex::Timespec { tv_sec: 1, tv_nsec: 0 };
-                    // Woken, timed out, interrupted or changed: look again.
-                    let _ = futex::wait(
-                        &self.source_changed,
-                        futex::Flags::PRIVATE,
-                        changed,
-                        Some(&second),
-                    );
-                }
-                Handled::OnItsWay => {
-                    let Some((region, granule)) = self.gate.install().find(address) else {
-                        return true;
-                    };
-                    let map = self.targets[usize::from(region.get())].region.page_map();
-                    match map.wait(granule, policy) {
-                        Ok(State::Present) => return true,
-                        Ok(State::Poisoned) => return false,
-                        // Given back, removed, or still on its way after a second.
-                        Ok(State::Absent | State::Discarded | State::Requested) | Err(_) => {}
-                    }
-                }
-            }
-        }
-    }
 }
 
 /// Hands the signal to whoever had it before us.

@@ -7,13 +7,9 @@ use std::{
 };
 
 use pageferry_image::{ImageError, RawImage};
-use pageferry_memory::{
-    Advice, Backing, GranuleIndex, GranuleRange, GuestAddress, HostRange, ImageOffset, Layout,
-    Mapping, PageSize, Region, RegionConfig, RegionId,
-};
+use pageferry_memory::{GranuleIndex, GranuleRange, Layout, RegionId};
 use pageferry_paging::{Fill, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
-
-const PAGE: u64 = 4096;
+use pageferry_testing::{OwnMemory, PAGE, RegionShape, layout_of};
 
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 enum Answer {
@@ -119,18 +115,9 @@ impl PageSink for Sink {
 
 /// Regions of (granules, granule bytes, image offset).
 fn layout(regions: &[(u64, u64, u64)]) -> Layout {
-    let regions = regions
-        .iter()
-        .enumerate()
-        .map(|(n, (granules, granule, offset))| {
-            let mut config = RegionConfig::new(granules * granule, Backing::Anonymous);
-            config.guest_base = GuestAddress::new((n as u64) << 40);
-            config.granule = PageSize::try_new(*granule);
-            config.image_offset = ImageOffset::new(*offset);
-            Arc::new(Region::new(&config).unwrap())
-        })
-        .collect();
-    Layout::new(regions).unwrap()
+    let shape =
+        |&(granules, granule, image_offset)| RegionShape { granules, granule, image_offset };
+    layout_of(regions.iter().map(shape))
 }
 
 fn span(region: u16, first: u64, count: u64) -> Span {
@@ -144,9 +131,13 @@ fn span(region: u16, first: u64, count: u64) -> Span {
 fn image(pages: u64) -> File {
     let file = tempfile::tempfile().unwrap();
     for page in 0..pages {
-        file.write_all_at(&[page as u8 + 1; PAGE as usize], page * PAGE).unwrap();
+        file.write_all_at(&contents(page), page * PAGE).unwrap();
     }
     file
+}
+
+fn contents(page: u64) -> Vec<u8> {
+    vec![page as u8 + 1; PAGE as usize]
 }
 
 fn data(pages: std::ops::Range<u8>) -> Vec<Answer> {
@@ -204,7 +195,7 @@ fn holes_are_zero_without_being_read() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(40 * PAGE).unwrap();
     for page in [3u64, 4, 20] {
-        file.write_all_at(&[page as u8 + 1; PAGE as usize], page * PAGE).unwrap();
+        file.write_all_at(&contents(page), page * PAGE).unwrap();
     }
     let image = RawImage::from_file(file, "sparse").unwrap();
     // What the file system says is what counts; one that keeps no holes makes it all data.
@@ -230,53 +221,24 @@ fn holes_are_zero_without_being_read() {
 }
 
 /// This process's own memory as an image, with a gap in it that no read gets over (EIO).
-fn memory_image(pages: u64, gap: std::ops::Range<u64>) -> (RawImage, Mapping, u64) {
-    let mapping = Mapping::anonymous(pages * PAGE).unwrap();
-    for page in 0..pages {
-        mapping.write_at(page * PAGE, &[page as u8 + 1; PAGE as usize]).unwrap();
-    }
-    let start = mapping.range().start();
-    let base = start.get();
-    let range =
-        HostRange::new(start.checked_add(gap.start * PAGE).unwrap(), (gap.end - gap.start) * PAGE);
-    mapping.advise(range, Advice::DontNeed).unwrap();
-    close_off(range);
-    let file = File::open("/proc/self/mem").unwrap();
-    (RawImage::from_file_sized(file, "own memory", i64::MAX as u64), mapping, base)
-}
-
-/// Makes `range` unreadable even for /proc/self/mem, by replacing it with pages of a file that
-/// has none.
-fn close_off(range: HostRange) {
-    use rustix::mm::{MapFlags, ProtFlags, mmap};
-    let empty = tempfile::tempfile().unwrap();
-    // SAFETY: the range belongs to a mapping of this test, of which nobody holds a reference.
-    let mapped = unsafe {
-        mmap(
-            range.start().as_ptr().cast(),
-            range.len() as usize,
-            ProtFlags::READ,
-            MapFlags::PRIVATE | MapFlags::FIXED,
-            &empty,
-            0,
-        )
-    };
-    mapped.unwrap();
+fn memory_image(pages: u64, gap: std::ops::Range<u64>) -> (RawImage, OwnMemory) {
+    let memory = OwnMemory::new(pages, gap, contents);
+    (RawImage::from_file_sized(memory.file(), "own memory", i64::MAX as u64), memory)
 }
 
 #[test]
 fn unreadable_in_the_middle() {
     for piece in [1, 4, 5, 32] {
-        let (image, _mapping, base) = memory_image(20, 7..9);
+        let (image, memory) = memory_image(20, 7..9);
         let mut byte = [0];
-        let error = image.read_at(base + 7 * PAGE, &mut byte).unwrap_err();
+        let error = image.read_at(memory.offset() + 7 * PAGE, &mut byte).unwrap_err();
         assert!(matches!(&error, ImageError::Read { .. }), "{error}");
         assert_eq!(
             std::error::Error::source(&error).map(|e| e.to_string()).as_deref(),
             Some("Input/output error (os error 5)")
         );
 
-        let sink = Sink::new(layout(&[(20, PAGE, base)]), piece);
+        let sink = Sink::new(layout(&[(20, PAGE, memory.offset())]), piece);
         image.attach(sink.clone()).unwrap();
         image.request(span(0, 0, 20), Urgency::Demand, &*sink).unwrap();
         let want = [data(0..7), vec![Answer::Poison; 2], data(9..20)].concat();
@@ -288,13 +250,13 @@ fn unreadable_in_the_middle() {
 /// nothing more.
 #[test]
 fn sinks_that_refuse() {
-    let (image, _mapping, base) = memory_image(20, 7..9);
-    let mut sink = Sink::new(layout(&[(20, PAGE, base)]), 4);
+    let (image, memory) = memory_image(20, 7..9);
+    let mut sink = Sink::new(layout(&[(20, PAGE, memory.offset())]), 4);
     Arc::get_mut(&mut sink).unwrap().refuse = Some(6);
     image.request(span(0, 0, 20), Urgency::Demand, &*sink).unwrap();
     assert_eq!(sink.by_granule(0).len(), 20);
 
-    let mut sink = Sink::new(layout(&[(20, PAGE, base)]), 1);
+    let mut sink = Sink::new(layout(&[(20, PAGE, memory.offset())]), 1);
     Arc::get_mut(&mut sink).unwrap().stop_at = Some(12);
     image.request(span(0, 0, 20), Urgency::Demand, &*sink).unwrap();
     assert_eq!(sink.by_granule(0).len(), 12);

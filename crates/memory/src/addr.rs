@@ -3,50 +3,22 @@
 
 use std::fmt;
 
-macro_rules! byte_position {
-    ($(#[$doc:meta])* $name:ident) => {
-        $(#[$doc])*
-        #[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug, Default)]
-        #[repr(transparent)]
-        pub struct $name(u64);
+use pageferry_uffd::{position_type, range_type};
 
+position_type! {
+    /// An address the guest uses: guest-physical for a virtual machine; for an ordinary process,
+    /// the address at which the memory is known to its source.
+    pub address GuestAddress in bytes
+}
+
+position_type! {
+    /// A position in a memory image, in bytes from its beginning.
+    pub address ImageOffset in bytes
+}
+
+macro_rules! aligned_to_pages {
+    ($($name:ident),*) => {$(
         impl $name {
-            /// The position with this value, in bytes.
-            #[inline]
-            pub const fn new(bytes: u64) -> Self {
-                Self(bytes)
-            }
-
-            /// The value, in bytes.
-            #[inline]
-            pub const fn get(self) -> u64 {
-                self.0
-            }
-
-            /// `self + bytes`, unless that does not fit into 64 bits.
-            #[inline]
-            pub const fn checked_add(self, bytes: u64) -> Option<Self> {
-                match self.0.checked_add(bytes) {
-                    Some(sum) => Some(Self(sum)),
-                    None => None,
-                }
-            }
-
-            /// `self - bytes`, unless that is below zero.
-            #[inline]
-            pub const fn checked_sub(self, bytes: u64) -> Option<Self> {
-                match self.0.checked_sub(bytes) {
-                    Some(difference) => Some(Self(difference)),
-                    None => None,
-                }
-            }
-
-            /// How many bytes `self` lies above `base`; `None` when it lies below.
-            #[inline]
-            pub const fn offset_from(self, base: Self) -> Option<u64> {
-                self.0.checked_sub(base.0)
-            }
-
             /// Rounds down to a multiple of `page`.
             #[inline]
             pub const fn align_down(self, page: PageSize) -> Self {
@@ -59,69 +31,16 @@ macro_rules! byte_position {
                 page.is_multiple(self.0)
             }
         }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{:#x}", self.0)
-            }
-        }
-
-        impl fmt::LowerHex for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::LowerHex::fmt(&self.0, f)
-            }
-        }
-    };
+    )*};
 }
 
-byte_position! {
-    /// An address the guest uses: guest-physical for a virtual machine; for an ordinary process,
-    /// the address at which the memory is known to its source.
-    GuestAddress
-}
+aligned_to_pages!(GuestAddress, ImageOffset);
 
-byte_position! {
-    /// A position in a memory image, in bytes from its beginning.
-    ImageOffset
-}
-
-/// Which granule of a region, counted from 0.
-///
-/// A granule is the unit in which presence is tracked and bytes are fetched.
-#[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug, Default)]
-#[repr(transparent)]
-pub struct GranuleIndex(u64);
-
-impl GranuleIndex {
-    /// The granule with this number.
-    #[inline]
-    pub const fn new(index: u64) -> Self {
-        Self(index)
-    }
-
-    /// The number of the granule.
-    #[inline]
-    pub const fn get(self) -> u64 {
-        self.0
-    }
-
-    /// The granule `count` further on, unless that does not fit into 64 bits.
-    #[inline]
-    pub const fn checked_add(self, count: u64) -> Option<Self> {
-        match self.0.checked_add(count) {
-            Some(sum) => Some(Self(sum)),
-            None => None,
-        }
-    }
-
-    /// The granule `count` before this one, unless there is none.
-    #[inline]
-    pub const fn checked_sub(self, count: u64) -> Option<Self> {
-        match self.0.checked_sub(count) {
-            Some(difference) => Some(Self(difference)),
-            None => None,
-        }
-    }
+position_type! {
+    /// Which granule of a region, counted from 0.
+    ///
+    /// A granule is the unit in which presence is tracked and bytes are fetched.
+    pub struct GranuleIndex in granules
 }
 
 impl fmt::Display for GranuleIndex {
@@ -211,47 +130,12 @@ impl fmt::Debug for PageSize {
     }
 }
 
-/// Consecutive granules: `count` of them from `first` on. It never wraps, and may be empty.
-#[derive(Copy, Clone, Eq, PartialEq, Hash, Debug, Default)]
-pub struct GranuleRange {
-    first: GranuleIndex,
-    count: u64,
+range_type! {
+    /// Consecutive granules: `count` of them from `first` on. It never wraps, and may be empty.
+    pub struct GranuleRange { first: GranuleIndex, count: u64 } in granules
 }
 
 impl GranuleRange {
-    /// The range of `count` granules from `first` on.
-    ///
-    /// # Panics
-    ///
-    /// When `first + count` does not fit into 64 bits. Use [`try_new`](Self::try_new) for numbers
-    /// that come from elsewhere.
-    #[inline]
-    pub const fn new(first: GranuleIndex, count: u64) -> Self {
-        match Self::try_new(first, count) {
-            Some(range) => range,
-            None => panic!("granule range wraps around"),
-        }
-    }
-
-    /// The range of `count` granules from `first` on; `None` when `first + count` does not fit
-    /// into 64 bits.
-    #[inline]
-    pub const fn try_new(first: GranuleIndex, count: u64) -> Option<Self> {
-        match first.0.checked_add(count) {
-            Some(_) => Some(Self { first, count }),
-            None => None,
-        }
-    }
-
-    /// The range from `first` up to, but not including, `end`; `None` when `end` is below `first`.
-    #[inline]
-    pub const fn from_bounds(first: GranuleIndex, end: GranuleIndex) -> Option<Self> {
-        match end.0.checked_sub(first.0) {
-            Some(count) => Some(Self { first, count }),
-            None => None,
-        }
-    }
-
     /// The range of one granule.
     ///
     /// # Panics
@@ -260,63 +144,6 @@ impl GranuleRange {
     #[inline]
     pub const fn one(granule: GranuleIndex) -> Self {
         Self::new(granule, 1)
-    }
-
-    /// The first granule (of an empty range: where it stands).
-    #[inline]
-    pub const fn first(self) -> GranuleIndex {
-        self.first
-    }
-
-    /// How many granules.
-    #[inline]
-    pub const fn count(self) -> u64 {
-        self.count
-    }
-
-    /// The granule after the last.
-    #[inline]
-    pub const fn end(self) -> GranuleIndex {
-        GranuleIndex(self.first.0 + self.count)
-    }
-
-    /// Whether there is no granule in it.
-    #[inline]
-    pub const fn is_empty(self) -> bool {
-        self.count == 0
-    }
-
-    /// Whether `granule` is one of them.
-    #[inline]
-    pub const fn contains(self, granule: GranuleIndex) -> bool {
-        granule.0 >= self.first.0 && granule.0 - self.first.0 < self.count
-    }
-
-    /// Whether the two have a granule in common.
-    #[inline]
-    pub const fn overlaps(self, other: Self) -> bool {
-        self.intersection(other).is_some()
-    }
-
-    /// The granules both have; `None` when there are none.
-    #[inline]
-    pub const fn intersection(self, other: Self) -> Option<Self> {
-        let first = if self.first.0 > other.first.0 { self.first } else { other.first };
-        let end = if self.end().0 < other.end().0 { self.end() } else { other.end() };
-        match Self::from_bounds(first, end) {
-            Some(common) if common.count > 0 => Some(common),
-            _ => None,
-        }
-    }
-
-    /// The first `count` granules, and the rest. Splitting beyond the end leaves the rest empty.
-    #[inline]
-    pub const fn split_at(self, count: u64) -> (Self, Self) {
-        let count = if count < self.count { count } else { self.count };
-        (
-            Self { first: self.first, count },
-            Self { first: GranuleIndex(self.first.0 + count), count: self.count - count },
-        )
     }
 
     /// The granules in ascending order.

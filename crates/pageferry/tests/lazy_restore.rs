@@ -3,14 +3,13 @@
 
 mod common;
 
-use std::{fs::File, os::unix::fs::FileExt, sync::Arc, thread, time::Duration};
+use std::{os::unix::fs::FileExt, sync::Arc, thread, time::Duration};
 
 use common::*;
 use pageferry::{
     image::RawImage,
     memory::{
-        Advice, Backing, GranuleIndex, HostRange, ImageOffset, Layout, Mapping, Region,
-        RegionConfig, State,
+        Advice, Backing, GranuleIndex, HostRange, ImageOffset, Layout, Region, RegionConfig, State,
     },
     paging::{Completion, Delivery, Pager, Prefetch, Status},
 };
@@ -43,45 +42,19 @@ const UNREADABLE: std::ops::Range<u64> = 100..103;
 struct Unreadable {
     image: RawImage,
     layout: Layout,
-    _image_memory: Mapping,
+    _image_memory: OwnMemory,
 }
 
 fn unreadable_image(backing: Backing) -> Unreadable {
-    let memory = Mapping::anonymous(PAGES * PAGE).unwrap();
-    for number in 0..PAGES {
-        memory.write_at(number * PAGE, &page(number)).unwrap();
-    }
-    let start = memory.range().start();
-    let first = start.checked_add(UNREADABLE.start * PAGE).unwrap();
-    close_off(HostRange::new(first, (UNREADABLE.end - UNREADABLE.start) * PAGE));
-    let file = File::open("/proc/self/mem").unwrap();
+    let memory = OwnMemory::new(PAGES, UNREADABLE, page);
     let mut config = RegionConfig::new(PAGES * PAGE, backing);
-    config.image_offset = ImageOffset::new(start.get());
+    config.image_offset = ImageOffset::new(memory.offset());
     let region = Region::new(&config).unwrap();
     Unreadable {
-        image: RawImage::from_file_sized(file, "own memory", i64::MAX as u64),
+        image: RawImage::from_file_sized(memory.file(), "own memory", i64::MAX as u64),
         layout: Layout::new(vec![Arc::new(region)]).unwrap(),
         _image_memory: memory,
     }
-}
-
-/// Makes `range` unreadable even for /proc/self/mem, by replacing it with pages of a file that
-/// has none.
-fn close_off(range: HostRange) {
-    use rustix::mm::{MapFlags, ProtFlags, mmap};
-    let empty = tempfile::tempfile().unwrap();
-    // SAFETY: the range belongs to a mapping of this test, of which nobody holds a reference.
-    let mapped = unsafe {
-        mmap(
-            range.start().as_ptr().cast(),
-            range.len() as usize,
-            ProtFlags::READ,
-            MapFlags::PRIVATE | MapFlags::FIXED,
-            &empty,
-            0,
-        )
-    };
-    mapped.unwrap();
 }
 
 fn start(layout: Layout, image: RawImage, delivery: Delivery, prefetch: Prefetch) -> Pager {
@@ -130,7 +103,7 @@ fn an_image_with_holes_shorter_than_the_memory() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let served: Vec<u64> = (0..WHOLE).collect();
     for delivery in DELIVERIES {
         for backing in [Backing::Anonymous, Backing::Memfd] {
@@ -157,7 +130,7 @@ fn an_image_that_cannot_be_read_in_the_middle() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let served: Vec<u64> = (0..PAGES).filter(|number| !UNREADABLE.contains(number)).collect();
     for delivery in DELIVERIES {
         for backing in [Backing::Anonymous, Backing::Memfd] {
@@ -175,10 +148,11 @@ fn an_image_that_cannot_be_read_in_the_middle() {
 
 #[test]
 fn a_huge_page_that_the_image_does_not_fill() {
-    if !userfaultfd() || !huge_pages(4) {
+    if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let Some(_huge_pages) = HugePages::reserve(4) else { return };
+    let _watch = watch(60);
     let huge = 2 << 20;
     for delivery in DELIVERIES {
         let file = tempfile::tempfile().unwrap();
@@ -204,7 +178,7 @@ fn a_huge_page_that_the_image_does_not_fill() {
 #[test]
 fn a_page_that_the_image_has_not_is_a_memory_error() {
     const ME: &str = "a_page_that_the_image_has_not_is_a_memory_error";
-    if let Some(case) = case() {
+    if let Some(case) = child::case() {
         let (delivery, rest) = case.split_once(' ').unwrap();
         let (swept, what) = rest.split_once(' ').unwrap();
         let delivery = DELIVERIES.into_iter().find(|d| d.to_string() == delivery).unwrap();
@@ -234,7 +208,7 @@ fn a_page_that_the_image_has_not_is_a_memory_error() {
     for delivery in DELIVERIES {
         for swept in ["touched", "swept"] {
             for what in ["unreadable", "cut", "beyond"] {
-                expect_sigbus(ME, &format!("{delivery} {swept} {what}"));
+                child::expect(ME, &format!("{delivery} {swept} {what}"), child::SIGBUS);
             }
         }
     }
@@ -246,7 +220,7 @@ fn discarded_memory_is_zero_and_no_error() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let layout = layout(Backing::Anonymous, PAGES * PAGE);
     let pager = start(layout, short_image(), Delivery::Queue, Prefetch::NONE);
     let region = pager.layout().get(REGION).unwrap();

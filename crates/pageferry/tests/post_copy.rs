@@ -133,7 +133,7 @@ fn a_whole_migration() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let (folder, memory) = (tempfile::tempdir().unwrap(), source_memory());
     for endpoint in transports(folder.path()) {
         for delivery in DELIVERIES {
@@ -160,7 +160,7 @@ fn the_source_is_lost_and_another_one_finishes() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let (folder, memory) = (tempfile::tempdir().unwrap(), source_memory());
     for delivery in DELIVERIES {
         for prefetch in [Prefetch::NONE, Prefetch::SWEEP] {
@@ -198,7 +198,7 @@ fn sources_are_lost_again_and_again() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let memory = source_memory();
     let any: Endpoint = "127.0.0.1:0".parse().unwrap();
     for delivery in DELIVERIES {
@@ -228,7 +228,7 @@ fn a_source_with_other_memory_is_refused_and_the_guest_waits_on() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let memory = source_memory();
     let any: Endpoint = "127.0.0.1:0".parse().unwrap();
     let server = serve(&memory, &any, Duration::from_millis(200));
@@ -421,7 +421,7 @@ fn a_hostile_source_stalls_the_guest_with_a_reason_and_another_one_finishes() {
     if !userfaultfd() {
         return;
     }
-    let _watch = watch();
+    let _watch = watch(60);
     let memory = source_memory();
     let any: Endpoint = "127.0.0.1:0".parse().unwrap();
     for delivery in [Delivery::Queue, Delivery::Signal] {

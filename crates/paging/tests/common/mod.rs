@@ -1,13 +1,14 @@
 //! Sources and guests that the tests of this crate share.
 #![allow(dead_code, unreachable_pub, unused_imports)] // Each test binary uses a part of it.
 
-pub mod child;
 pub mod external;
 mod ledger;
-mod patience;
 
 pub use ledger::{Answers, Ledger, Loss};
-pub use patience::{PATIENCE, Watch, wait_for, watch};
+pub use pageferry_testing::{
+    HUGE, PATIENCE, REGION, Random, Watch, child, fill_pattern, huge_pages, layout, peek, poke,
+    shuffled, userfaultfd, verify_all, wait_for, watch, word,
+};
 
 use std::{
     collections::VecDeque,
@@ -18,9 +19,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use pageferry_memory::{
-    Backing, GranuleIndex, GranuleRange, Layout, PageSize, Region, RegionConfig, RegionId,
-};
+use pageferry_memory::{GranuleIndex, GranuleRange, Layout};
 use pageferry_paging::{
     Completion, Delivery, PageSink, PageSource, Pager, SinkError, SourceError, Span, Urgency,
 };
@@ -33,20 +32,6 @@ pub const DELIVERIES: [Delivery; 6] = [
     Delivery::Sharded(3),
     Delivery::Signal,
 ];
-
-/// The eight bytes at each multiple of eight of the source's memory.
-pub fn word(region: RegionId, offset: u64) -> u64 {
-    let mut x = (offset >> 3) ^ (u64::from(region.get()) << 56) ^ 0x5851_f42d_4c95_7f2d;
-    x = (x ^ (x >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-    x ^ (x >> 33) | 1
-}
-
-pub fn fill_pattern(region: RegionId, mut offset: u64, bytes: &mut [u8]) {
-    for chunk in bytes.chunks_exact_mut(8) {
-        chunk.copy_from_slice(&word(region, offset).to_ne_bytes());
-        offset += 8;
-    }
-}
 
 /// A source that computes its bytes, and counts what it is asked.
 #[derive(Default)]
@@ -221,57 +206,6 @@ impl PageSource for Pattern {
     }
 }
 
-/// Whether a userfaultfd can be had at all.
-pub fn userfaultfd() -> bool {
-    let works = pageferry_uffd::Options::new().open().is_ok();
-    if !works {
-        println!("skipped: needs userfaultfd");
-    }
-    works
-}
-
-/// Reserved and free huge pages of 2 MiB.
-pub fn huge_pages(needed: u64) -> bool {
-    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-    let free = std::fs::read_to_string(path).ok().and_then(|s| s.trim().parse().ok()).unwrap_or(0);
-    let enough = free >= needed;
-    if !enough {
-        println!("skipped: needs {needed} free huge pages of 2 MiB, there are {free}");
-    }
-    enough
-}
-
-pub fn layout(backing: Backing, bytes: u64) -> Layout {
-    let region = Region::new(&RegionConfig::new(bytes, backing)).unwrap();
-    Layout::new(vec![Arc::new(region)]).unwrap()
-}
-
-pub const HUGE: Backing = Backing::Hugetlb(PageSize::SIZE_2M);
-pub const REGION: RegionId = RegionId::new(0);
-
-/// Reads the eight bytes at `offset` of region 0 as a guest would: in user mode, faulting.
-pub fn peek(layout: &Layout, offset: u64) -> u64 {
-    let view = layout.get(REGION).unwrap().guest_view();
-    assert!(offset.is_multiple_of(8) && offset + 8 <= view.range().len());
-    // SAFETY: inside the mapping and aligned, checked above; the layout keeps it mapped.
-    unsafe { view.as_ptr().add(offset as usize).cast::<u64>().read_volatile() }
-}
-
-pub fn poke(layout: &Layout, offset: u64, value: u64) {
-    let view = layout.get(REGION).unwrap().guest_view();
-    assert!(offset.is_multiple_of(8) && offset + 8 <= view.range().len());
-    // SAFETY: as in `peek`; tests that write concurrently write disjoint words.
-    unsafe { view.as_ptr().add(offset as usize).cast::<u64>().write_volatile(value) }
-}
-
-/// Checks every word of every page of region 0.
-pub fn verify_all(layout: &Layout) {
-    let region = layout.get(REGION).unwrap();
-    for offset in (0..region.len()).step_by(8) {
-        assert_eq!(peek(layout, offset), word(REGION, offset), "offset {offset:#x}");
-    }
-}
-
 /// Runs `threads` threads over all pages of region 0 in different pseudo-random orders, each
 /// checking the first and the last word of each page.
 pub fn touch_at_random(layout: &Layout, threads: u64) {
@@ -305,34 +239,4 @@ pub fn with_pager<R>(pager: &Pager, use_it: impl FnOnce(&Layout) -> R) -> R {
 /// A delivery by its name, as printed.
 pub fn delivery_named(name: &str) -> Delivery {
     DELIVERIES.into_iter().find(|d| d.to_string() == name).unwrap()
-}
-
-/// The numbers below `count` in an order of their own for every `seed`.
-pub fn shuffled(count: u64, seed: u64) -> Vec<u64> {
-    let mut order: Vec<u64> = (0..count).collect();
-    let mut random = Random::new(seed);
-    for index in (1..order.len()).rev() {
-        order.swap(index, random.below(index as u64 + 1) as usize);
-    }
-    order
-}
-
-/// xorshift64.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed + 1) | 1)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        (self.next() >> 16) % bound
-    }
 }

@@ -9,16 +9,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Longer than anything takes here that works, on a machine however busy.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// Longer than anything takes that works, on a machine however busy.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-fn give_up(what: &str, caller: &Location<'_>) -> ! {
-    // Not `eprintln`, which the test harness keeps to itself until the test has ended.
-    let _ = writeln!(std::io::stderr(), "\n{caller}: waited in vain: {what}");
+/// Ends the process as failed, because threads of it wait for pages and cannot be ended.
+pub fn fail(why: &str) -> ! {
+    // Not `eprintln`, which the test harness keeps to itself until the test has ended. Nobody is
+    // left to tell when this fails.
+    let _ = writeln!(std::io::stderr(), "\n{why}");
     std::process::exit(101)
 }
 
-/// Waits until `condition` holds.
+fn give_up(what: &str, caller: &Location<'_>) -> ! {
+    fail(&format!("{caller}: waited in vain: {what}"))
+}
+
+/// Waits until `condition` holds; after [`PATIENCE`] it ends the process.
 #[track_caller]
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -31,15 +37,18 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// Ends the process if it is not dropped in time.
+#[derive(Debug)]
+#[must_use = "dropping it ends the watch"]
 pub struct Watch(Option<mpsc::Sender<()>>);
 
-/// Watches over a test.
+/// Watches over a test that works in so many seconds. It gets [`PATIENCE`] on top of them, so that
+/// a [`wait_for`] in it gives up first, and says what for.
 #[track_caller]
 pub fn watch(seconds: u64) -> Watch {
     let caller = Location::caller();
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
-        let result = receiver.recv_timeout(Duration::from_secs(seconds));
+        let result = receiver.recv_timeout(Duration::from_secs(seconds) + PATIENCE);
         if result == Err(mpsc::RecvTimeoutError::Timeout) {
             give_up("the end of the test", caller);
         }

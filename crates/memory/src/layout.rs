@@ -63,7 +63,7 @@ pub enum LayoutError {
 }
 
 /// The regions of one guest. It never changes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Layout {
     regions: Vec<Arc<Region>>,
     /// Guest views in ascending order.

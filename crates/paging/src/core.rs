@@ -1,9 +1,8 @@
-//! What the parts of a running pager share, and the engine's end of a source: [`Core`] is the
-//! [`PageSink`].
+//! What the parts of a running pager share, and what is done with the answers of a source.
 
 use std::{
     sync::{
-        Arc, Mutex,
+        Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::*},
     },
     time::Duration,
@@ -14,7 +13,7 @@ use pageferry_uffd::{Userfaultfd, Wake};
 use rustix::thread::futex;
 
 use crate::{
-    Completion, Fill, PageSink, SinkError, SourceError, Span, Urgency,
+    Completion, Fill, SinkError, SourceError, Span, Urgency,
     delivery::signal::in_handler,
     gate::{Gate, Inside},
     install::{Data, InstallMethod, Progress, Target, requested},
@@ -406,65 +405,8 @@ impl AddressSpaceChanging for WaitForReader<'_> {
     }
 }
 
-/// The sink handed to a source of one generation: what an older one still says is not heard.
-pub(crate) struct AttachedSink {
-    pub(crate) core: Arc<Core>,
-    pub(crate) generation: u64,
-}
-
-/// The sink lent to a request for answers given before it returns.
-pub(crate) struct LentSink<'a> {
-    pub(crate) core: &'a Core,
-    pub(crate) generation: u64,
-    pub(crate) changing: &'a dyn AddressSpaceChanging,
-}
-
-macro_rules! impl_sink {
-    ($type:ty, |$sink:ident| $changing:expr) => {
-        impl PageSink for $type {
-            fn layout(&self) -> &Layout {
-                &self.core.layout
-            }
-
-            fn page(&self, span: Span, bytes: &[u8]) -> Result<(), SinkError> {
-                let $sink = self;
-                self.core.page_with(span, bytes, $changing)
-            }
-
-            fn fill(&self, span: Span, fill: &mut Fill<'_>) -> Result<(), SinkError> {
-                let $sink = self;
-                self.core.fill_with(span, fill, $changing)
-            }
-
-            fn zero(&self, span: Span) -> Result<(), SinkError> {
-                let $sink = self;
-                self.core.zero_with(span, $changing)
-            }
-
-            fn poison(&self, span: Span) -> Result<(), SinkError> {
-                let $sink = self;
-                let target = self.core.target(span)?;
-                self.core.poisoned_by_source.fetch_add(span.granules.count(), Relaxed);
-                self.core.poison_now(target, span.granules, $changing)
-            }
-
-            fn push(&self, span: Span, bytes: &[u8]) -> Result<u64, SinkError> {
-                let $sink = self;
-                self.core.push_with(span, bytes, $changing)
-            }
-
-            fn lost(&self, why: SourceError) {
-                self.core.source_lost(self.generation, &why);
-            }
-        }
-    };
-}
-
-impl_sink!(AttachedSink, |sink| &WaitForReader(&sink.core));
-impl_sink!(LentSink<'_>, |sink| sink.changing);
-
 impl Core {
-    fn push_with(
+    pub(crate) fn push_with(
         &self,
         span: Span,
         bytes: &[u8],

@@ -7,10 +7,11 @@ use pageferry_uffd::FaultKind;
 
 use crate::{
     SinkError, Span, Urgency,
-    core::{AddressSpaceChanging, Core, LentSink},
+    core::{AddressSpaceChanging, Core},
     delivery::signal::in_handler,
     install::{Progress, Target},
     settle,
+    sink::LentSink,
     slot::InUse,
     stats::{Counter, Timed},
 };

@@ -27,6 +27,7 @@ mod pager;
 mod pending;
 mod prefetch;
 mod settle;
+mod sink;
 mod slot;
 mod source;
 mod staging;

@@ -16,8 +16,9 @@ use pageferry_uffd::Registration;
 use crate::{
     Builder, Chosen, Completion, PageSource, SourceError, Statistics,
     children::KeptOut,
-    core::{AddressSpaceChanging, AttachedSink, Core},
+    core::{AddressSpaceChanging, Core},
     delivery::{EveryQueue, Resolved, signal::Registered},
+    sink::AttachedSink,
 };
 
 /// How it goes.
@@ -145,8 +146,7 @@ impl Pager {
         core.health().lost = None;
         core.reason_due.store(false, Release);
         let generation = core.source.next_generation();
-        let sink = AttachedSink { core: Arc::clone(core), generation };
-        if let Err(error) = source.attach(Arc::new(sink)) {
+        if let Err(error) = source.attach(Arc::new(AttachedSink::new(core, generation))) {
             source.detach();
             core.health().lost = Some(error.to_string());
             return Err(error);

@@ -130,9 +130,16 @@ impl UffdError {
 
     /// Whether memory ran out (ENOMEM; ENOSPC, which hugetlb and a full tmpfs answer).
     ///
-    /// ENOMEM also means that the process has too many mappings (`vm.max_map_count`).
+    /// ENOMEM also means that the process has too many mappings (`vm.max_map_count`). From REGISTER
+    /// and UNREGISTER with a descriptor of another process it mostly means that this process is
+    /// gone, which its pidfd tells: there it does not count as memory that ran out.
     pub fn is_out_of_memory(&self) -> bool {
-        matches!(self.errno(), Some(Errno::NOMEM | Errno::NOSPC))
+        match self {
+            Self::Ioctl { what: Operation::Register | Operation::Unregister, .. } => {
+                self.errno() == Some(Errno::NOSPC)
+            }
+            _ => matches!(self.errno(), Some(Errno::NOMEM | Errno::NOSPC)),
+        }
     }
 }
 
@@ -150,7 +157,7 @@ fn hint(what: Operation, errno: Errno) -> &'static str {
             " (a shared file mapping must be of a file opened for writing)"
         }
         (Operation::Register | Operation::Unregister, Errno::NOMEM) => {
-            " (no memory, or too many mappings: see vm.max_map_count)"
+            " (the process is gone, or no memory, or too many mappings: see vm.max_map_count)"
         }
         (Operation::Unregister | Operation::Wake, Errno::INVAL) => {
             " (not page-aligned, empty, or not mapped)"
@@ -159,8 +166,8 @@ fn hint(what: Operation, errno: Errno) -> &'static str {
             " (a source page is shared or pinned: move needs pages that only this process maps)"
         }
         (Operation::Move { .. }, Errno::INVAL) => {
-            " (source and destination must be page-aligned private anonymous memory with the same \
-             protection)"
+            " (source and destination must be page-aligned private anonymous memory of the calling \
+             process with the same protection)"
         }
         (_, Errno::NOMEM) => " (no memory, or the memory control group is at its limit)",
         (_, Errno::NOSPC) => " (no free huge page, or the tmpfs is full)",

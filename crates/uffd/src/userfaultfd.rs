@@ -252,13 +252,13 @@ impl Userfaultfd {
     ///
     /// # Safety
     ///
-    /// `src` is memory of the process the descriptor serves, and nothing relies on its contents:
+    /// `src` is memory of this process, which the descriptor serves, and nothing relies on its contents:
     /// once moved it reads as zeros, or faults if it is registered.
     ///
     /// # Errors
     ///
     /// [`UffdError`]; EBUSY when a source page is shared or pinned, EINVAL when source and
-    /// destination do not fit.
+    /// destination do not fit, and always with a descriptor of another process.
     pub unsafe fn move_pages(
         &self,
         dst: HostAddress,

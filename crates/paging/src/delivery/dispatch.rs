@@ -27,13 +27,20 @@ pub(crate) enum HashOf {
 }
 
 /// A worker's inbox. Held for a push or a swap only, never while a fault is handled.
-#[derive(Default)]
 struct Inbox {
     faults: Mutex<VecDeque<Arrived>>,
     filled: Condvar,
 }
 
+/// Faults that an inbox has room for from the beginning. A stopped thread has one, so it grows, and
+/// the reader allocates, only with more threads than this stopped for one worker.
+const ROOM: usize = 4096;
+
 impl Inbox {
+    fn new() -> Self {
+        Self { faults: Mutex::new(VecDeque::with_capacity(ROOM)), filled: Condvar::new() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, VecDeque<Arrived>> {
         self.faults.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -48,7 +55,7 @@ pub(crate) fn spawn_dispatched(
     workers: u16,
     by: HashOf,
 ) -> io::Result<Vec<JoinHandle<()>>> {
-    let inboxes: Arc<[Inbox]> = (0..workers).map(|_| Inbox::default()).collect();
+    let inboxes: Arc<[Inbox]> = (0..workers).map(|_| Inbox::new()).collect();
     let mut threads = Vec::new();
     for index in 0..usize::from(workers) {
         let (core, inboxes) = (Arc::clone(core), Arc::clone(&inboxes));

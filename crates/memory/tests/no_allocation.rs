@@ -4,7 +4,10 @@
 
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::cell::Cell;
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::SeqCst},
+};
 use std::thread;
 use std::time::Duration;
 
@@ -80,19 +83,23 @@ fn sleeping_and_being_woken_allocates_nothing() {
     let map = PageMap::new(1);
     let granule = GranuleIndex::new(0);
     assert_eq!(map.claim(granule), Claim::Won);
+    let in_vain = AtomicBool::new(false);
     thread::scope(|scope| {
         let waiter = scope.spawn(|| {
             let short = WaitPolicy { spins: 0, timeout: Some(Duration::from_millis(1)) };
             let long = WaitPolicy { spins: 0, timeout: None };
             calls_during(|| {
                 assert!(map.wait(granule, short).is_err());
+                in_vain.store(true, SeqCst);
                 assert_eq!(map.wait(granule, long), Ok(State::Present));
                 assert!(map.wait_complete(None));
             })
         });
         let calls = calls_during(|| {
             // So that the waiter sleeps at least once.
-            assert!(!map.wait_complete(Some(Duration::from_millis(20))));
+            while !in_vain.load(SeqCst) {
+                assert!(!map.wait_complete(Some(Duration::from_millis(5))));
+            }
             assert_eq!(map.publish(GranuleRange::one(granule)), 1);
         });
         assert_eq!(calls, 0);

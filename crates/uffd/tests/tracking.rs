@@ -182,7 +182,9 @@ fn categories_other_than_written() {
 
 #[test]
 fn soft_dirty_bits_are_cleared_and_set_by_writes() {
-    let memory = Memory::new(Backing::Anonymous, 2).unwrap();
+    // Of a file: the kernel merges anonymous mappings with a new one beside them, of another test,
+    // and a new one counts as written to.
+    let memory = Memory::new(Backing::Memfd, 2).unwrap();
     let pagemap = Pagemap::open_self().unwrap();
     let dirty = || {
         let mut entries = [PagemapEntry::default(); 2];

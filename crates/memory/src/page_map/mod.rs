@@ -27,12 +27,13 @@ mod wait;
 
 use std::fmt;
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use self::digits::{PER_WORD, Slice};
 pub use self::state::{Claim, State};
 use self::wait::Waiters;
 pub use self::wait::{TimedOut, WaitPolicy};
-use crate::sync::{AtomicU64, Ordering, zeroed};
+use crate::sync::{AtomicU64, Deadline, Ordering, zeroed};
 use crate::{GranuleIndex, GranuleRange};
 
 /// The state of every granule of a region; see the description of its states at [`State`].
@@ -87,6 +88,9 @@ impl PageMap {
     pub fn new(granules: u64) -> Self {
         let words = usize::try_from(granules.div_ceil(u64::from(PER_WORD)))
             .expect("the granules of mapped memory can be counted in usize");
+        // The first look at the clock finds the kernel's vDSO, for which kernels before 6.4 are
+        // asked in a way that allocates. Not later, in a signal handler.
+        let _ = Deadline::after(Some(Duration::ZERO));
         Self {
             len: granules,
             words: zeroed(words),

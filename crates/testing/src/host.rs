@@ -3,6 +3,7 @@
 use std::{fs::File, io, path::PathBuf};
 
 use pageferry_memory::{HugePagePool, PageSize};
+use pageferry_uffd::Features;
 use rustix::fs::{FlockOperation, flock};
 
 /// Whether a userfaultfd can be had at all; says so if not.
@@ -10,6 +11,15 @@ pub fn userfaultfd() -> bool {
     let works = pageferry_uffd::Options::new().open();
     if let Err(error) = &works {
         println!("skipped: needs userfaultfd: {error}");
+    }
+    works.is_ok()
+}
+
+/// Whether a userfaultfd can be had that has these features; says so if not.
+pub fn features(needed: Features) -> bool {
+    let works = pageferry_uffd::Options::new().required(needed).open();
+    if let Err(error) = &works {
+        println!("skipped: needs userfaultfd with {needed:?}: {error}");
     }
     works.is_ok()
 }

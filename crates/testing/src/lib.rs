@@ -1,7 +1,7 @@
 //! What the tests of Pageferry's crates share. No crate but a test uses it, and it is not
 //! published.
 //!
-//! * [`userfaultfd`], [`huge_pages`] and [`HugePages::reserve`] say whether the host has what a
+//! * [`userfaultfd`], [`features`], [`huge_pages`] and [`HugePages::reserve`] say whether the host has what a
 //!   test needs. If not, they print `skipped: needs …`, and the test returns.
 //! * [`word`], [`fill_pattern`] and [`page`] are what memory is expected to contain; [`Random`]
 //!   and [`shuffled`] are the same in every run.
@@ -26,7 +26,7 @@ mod random;
 
 pub use contents::{fill_pattern, page, verify_all, word};
 pub use guest::{HUGE, PAGE, REGION, RegionShape, layout, layout_of, peek, poke};
-pub use host::{HugePages, huge_pages, userfaultfd};
+pub use host::{HugePages, features, huge_pages, userfaultfd};
 pub use own_memory::OwnMemory;
 pub use patience::{PATIENCE, Watch, fail, wait_for, watch};
 pub use random::{Random, shuffled};

@@ -311,7 +311,14 @@ fn continued_pages_can_be_write_protected() {
     let _registration = register(&userfaultfd, &memory, RegisterMode::MINOR | RegisterMode::WP);
     memory.write_alias(0, 0x5a);
     let mode = CopyMode::WAKE.write_protected();
-    assert!(userfaultfd.continue_range(memory.page(0), mode).unwrap().is_complete());
+    match userfaultfd.continue_range(memory.page(0), mode) {
+        // No feature tells: it came with Linux 6.4.
+        Err(error) if error.errno() == Some(Errno::INVAL) => {
+            println!("skipped: needs CONTINUE with write protection (Linux 6.4): {error}");
+            return;
+        }
+        outcome => assert!(outcome.unwrap().is_complete()),
+    }
     let writer = Arc::clone(&memory);
     let thread = run(move || writer.write(0, 1));
     next_fault(&userfaultfd, FaultKind::WriteProtect, memory.page(0));
@@ -399,7 +406,9 @@ fn only_part_of_the_mapping_can_be_registered() {
         userfaultfd.register(Arc::clone(&memory), middle, RegisterMode::MISSING).unwrap();
     assert_eq!((registration.range(), registration.mode()), (middle, RegisterMode::MISSING));
     assert_eq!((memory.read(0), memory.read(3)), (0, 0), "the pages around raise no fault");
-    assert!(userfaultfd.poison(middle, Wake::No).is_ok());
+    if userfaultfd.negotiated().available.contains(Features::POISON) {
+        assert!(userfaultfd.poison(middle, Wake::No).is_ok());
+    }
 }
 
 #[test]

@@ -195,7 +195,7 @@ impl Builder {
         }
         let targets = self.targets(&opened)?;
         let mut kept_out = KeptOut::default();
-        let registrations = self.register(&targets, &mut kept_out)?;
+        let registrations = self.register(&targets, delivery, &mut kept_out)?;
         let granule = self.layout.iter().map(|(_, region)| region.granule().bytes()).max();
         let movable = targets
             .iter()
@@ -338,6 +338,7 @@ impl Builder {
     fn register(
         &self,
         targets: &[Target],
+        delivery: Delivery,
         kept_out: &mut KeptOut,
     ) -> Result<Vec<Registration<Arc<Mapping>>>, StartError> {
         let mut registrations = Vec::new();
@@ -353,8 +354,13 @@ impl Builder {
                     error,
                 })?;
             }
+            let both = RegisterMode::MISSING | RegisterMode::MINOR;
+            // Where nobody reads faults, a page that is there and was only unmapped (reclaimed, say)
+            // must be no fault. What is absent is marked, and CONTINUE asks for no mode.
+            let vcpu_mode = if target.wake == Wake::No { RegisterMode::MISSING } else { both };
             let mode = match target.method {
-                InstallMethod::Continue => RegisterMode::MISSING | RegisterMode::MINOR,
+                InstallMethod::Continue if delivery == Delivery::Exit => vcpu_mode,
+                InstallMethod::Continue => both,
                 InstallMethod::Copy | InstallMethod::Move => RegisterMode::MISSING,
             };
             let mut rest = target.region.all_granules();
@@ -372,10 +378,9 @@ impl Builder {
                 register(region.guest_view(), region.host_range(part), mode)?;
                 if let Some(view) = region.vcpu_view() {
                     // What came is mapped here by CONTINUE, however it came.
-                    let both = RegisterMode::MISSING | RegisterMode::MINOR;
                     let offset = part.first().get() << region.granule().shift();
                     let len = part.count() << region.granule().shift();
-                    register(view, view.range().split_at(offset).1.split_at(len).0, both)?;
+                    register(view, view.range().split_at(offset).1.split_at(len).0, vcpu_mode)?;
                 }
                 rest = after;
             }

@@ -307,24 +307,27 @@ fn removed_memory_is_zero() {
     }
 }
 
-/// The page is there, the mapping is not.
+/// The page is there, the mapping is not: as after reclaim.
 #[test]
 fn present_but_not_mapped() {
     if !userfaultfd() {
         return;
     }
     let _watch = watch(60);
-    for setup in Setup::all() {
-        let Setup::OwnView(_) = setup else { continue };
+    let deliveries = [Delivery::Hybrid(1), Delivery::Exit];
+    let shared = |setup: &Setup| !matches!(setup, Setup::OneView(Backing::Anonymous));
+    for (setup, delivery) in
+        Setup::all().into_iter().filter(shared).flat_map(|setup| deliveries.map(|d| (setup, d)))
+    {
         let source = Arc::new(Pattern::default());
-        let pager = start(setup, Delivery::Hybrid(1), Events::Ignore, Arc::clone(&source));
+        let pager = start(setup, delivery, Events::Ignore, Arc::clone(&source));
         let (vcpu, step) = (Vcpu::of(&pager), step(&pager));
         assert_eq!(vcpu.run(&pager, 0).unwrap(), (word(REGION, 0), 1));
         let view = Arc::clone(pager.layout().get(REGION).unwrap().kvm_view());
         view.advise(view.range().split_at(step).0, Advice::DontNeed).unwrap();
         assert_eq!(pager.resolve_exit(vcpu.address(0), &mut || false), Resolved::Present);
         assert_eq!(vcpu.read(0), Some(word(REGION, 0)), "{setup:?}");
-        // By a reader, for who waits in the kernel.
+        // By a reader for who waits in the kernel, or without one by the kernel itself.
         view.advise(view.range().split_at(step).0, Advice::DontNeed).unwrap();
         assert_eq!(vcpu.read(0), Some(word(REGION, 0)), "{setup:?}");
         assert_eq!(source.requests(), 1);

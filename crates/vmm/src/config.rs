@@ -1,0 +1,210 @@
+//! What a machine is to be, and what its guest is to do.
+
+use std::fmt;
+
+use pageferry_memory::{GuestAddress, PageSize};
+
+use crate::{Pattern, VmError};
+
+/// How the guest's memory is mapped, and which of its mappings KVM uses.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Setup {
+    /// (a) One view of anonymous memory (hugetlb with huge pages), in which everybody faults.
+    Missing,
+    /// (b) A memory file. KVM and everybody else fault in the guest view, and bytes are
+    /// written through the fill view.
+    Minor,
+    /// (c) A memory file. KVM has a view of its own; everybody else faults in the guest view.
+    MinorOwnView,
+    /// (d) As (b), but nobody reads a queue: a vCPU exits, and every other component asks before it
+    /// touches.
+    NoQueue,
+}
+
+impl Setup {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Missing, Self::Minor, Self::MinorOwnView, Self::NoQueue];
+}
+
+impl fmt::Display for Setup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "missing",
+            Self::Minor => "minor",
+            Self::MinorOwnView => "minor-own-view",
+            Self::NoQueue => "no-queue",
+        })
+    }
+}
+
+/// In which order a vCPU touches its units.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Order {
+    /// Ascending.
+    Sequential,
+    /// A permutation that the guest computes: a full-period linear congruential generator over the
+    /// next power of two, its output mixed, what lies beyond the last unit skipped.
+    Random,
+    /// As Zipf's law with exponent 1 has it: few units very often, most never. The host draws the
+    /// units and writes their numbers into a table in the guest's boot memory.
+    Zipf,
+}
+
+impl Order {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Sequential, Self::Random, Self::Zipf];
+}
+
+/// What a vCPU does with each unit.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Operation {
+    /// Reads some words and compares them.
+    ReadVerify,
+    /// Writes words of its own, then reads them back. What it does not write must stay as it was.
+    Write,
+    /// Reads and compares words, and writes each back with some bits turned. Where several vCPUs
+    /// may do it to the same unit, or one does it repeatedly, a word already turned is accepted
+    /// and left as it is.
+    ReadModifyWrite,
+}
+
+impl Operation {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::ReadVerify, Self::Write, Self::ReadModifyWrite];
+}
+
+/// The privilege level at which the guest runs.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Ring {
+    /// The kernel's. Where KVM emulates it (PVM), some 10 us an instruction.
+    Zero,
+    /// A user program's, with access to I/O ports (IOPL 3).
+    Three,
+}
+
+impl Ring {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Zero, Self::Three];
+}
+
+/// Which units a vCPU touches.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Share {
+    /// A part of the memory of its own: the parts follow one another.
+    #[default]
+    Own,
+    /// All of the memory, as every other vCPU: they race.
+    All,
+}
+
+/// What the guest does.
+#[derive(Clone, Debug)]
+pub struct Payload {
+    /// In which order it touches its units.
+    pub order: Order,
+    /// What it does with them.
+    pub operation: Operation,
+    /// At which privilege level.
+    pub ring: Ring,
+    /// Which units each vCPU touches.
+    pub share: Share,
+    /// The size of a unit: what is touched at its first word, its last and seven between. A
+    /// unit of the size of huge pages touches each of them once.
+    pub unit: PageSize,
+    /// How many units a vCPU touches in each round at most; `None`: all that are its own. The order
+    /// Zipf touches as many as this, however often each.
+    pub units_per_vcpu: Option<u64>,
+    /// How many times the same is done.
+    pub rounds: u64,
+    /// The start of random sequences.
+    pub seed: u64,
+    /// Which pages are zero at first.
+    pub pattern: Pattern,
+    /// A vCPU leaves the guest after every so many units and tells; 0: only at the end.
+    pub progress_every: u64,
+    /// A read of this address, before the units of the first round: of one in no region, say.
+    pub stray: Option<GuestAddress>,
+}
+
+impl Default for Payload {
+    /// Reads each page once, in ascending order, in ring 3.
+    fn default() -> Self {
+        Self {
+            order: Order::Sequential,
+            operation: Operation::ReadVerify,
+            ring: Ring::Three,
+            share: Share::Own,
+            unit: PageSize::SIZE_4K,
+            units_per_vcpu: None,
+            rounds: 1,
+            seed: 1,
+            pattern: Pattern::default(),
+            progress_every: 0,
+            stray: None,
+        }
+    }
+}
+
+/// What a machine is to be.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// How many vCPUs it has, 1 to [`VmConfig::MAX_VCPUS`]. Each has a thread while it runs.
+    pub vcpus: u16,
+    /// Its paged memory, in bytes: a multiple of the page size and of the payload's unit. It has some
+    /// memory to boot from besides.
+    pub memory: u64,
+    /// How the memory is mapped.
+    pub setup: Setup,
+    /// The size of the memory's pages: 4 KiB, 2 MiB or 1 GiB.
+    pub page_size: PageSize,
+    /// What the guest does.
+    pub payload: Payload,
+}
+
+impl VmConfig {
+    /// The most vCPUs there can be.
+    pub const MAX_VCPUS: u16 = 64;
+
+    /// A machine of set-up (b) with pages of 4 KiB, whose guest does the default.
+    pub fn new(vcpus: u16, memory: u64) -> Self {
+        Self {
+            vcpus,
+            memory,
+            setup: Setup::Minor,
+            page_size: PageSize::SIZE_4K,
+            payload: Payload::default(),
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), VmError> {
+        let refuse = |why: String| Err(VmError::Config { why });
+        let Self { vcpus, memory, page_size, ref payload, .. } = *self;
+        if vcpus == 0 || vcpus > Self::MAX_VCPUS {
+            return refuse(format!("{vcpus} vCPUs: there can be 1 to {}", Self::MAX_VCPUS));
+        }
+        let sizes = [PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G];
+        for (what, size) in [("pages", page_size), ("units", payload.unit)] {
+            if !sizes.contains(&size) {
+                return refuse(format!("{what} of {size}: they are 4 KiB, 2 MiB or 1 GiB"));
+            }
+            if memory == 0 || !size.is_multiple(memory) {
+                return refuse(format!("{memory:#x} bytes of memory are no {what} of {size}"));
+            }
+        }
+        if memory > crate::boot::MAX_MEMORY {
+            let most = crate::boot::MAX_MEMORY;
+            return refuse(format!("{memory:#x} bytes of memory: at most {most:#x}"));
+        }
+        let zero_every = payload.pattern.zero_every;
+        if zero_every != 0 && !zero_every.is_power_of_two() {
+            return refuse(format!("every {zero_every}th page zero: only powers of two"));
+        }
+        if payload.rounds == 0 || payload.units_per_vcpu == Some(0) {
+            return refuse("a payload that touches nothing".to_owned());
+        }
+        if payload.share == Share::Own && memory / payload.unit.bytes() < u64::from(vcpus) {
+            return refuse(format!("fewer than one unit of {} for each vCPU", payload.unit));
+        }
+        Ok(())
+    }
+}

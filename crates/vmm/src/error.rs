@@ -1,0 +1,79 @@
+//! Why a machine could not be made or run.
+
+use std::io;
+
+use pageferry_memory::{
+    GuestAddress, LayoutError, MappingError, OutOfRange, RegionError, RegionId,
+};
+
+/// Why a machine could not be made or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// The configuration makes no sense.
+    #[error("configuration: {why}")]
+    Config {
+        /// Why not.
+        why: String,
+    },
+    /// KVM refused something.
+    #[error("{what}: {source}")]
+    Kvm {
+        /// What was being done.
+        what: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The boot memory could not be mapped.
+    #[error("boot memory: {source}")]
+    BootMemory {
+        /// Why not.
+        #[source]
+        source: MappingError,
+    },
+    /// A region of the paged memory could not be made.
+    #[error("paged memory: {0}")]
+    Region(#[from] RegionError),
+    /// The regions do not go together.
+    #[error("paged memory: {0}")]
+    Layout(#[from] LayoutError),
+    /// There is no such region.
+    #[error("there is no region {0}")]
+    NoRegion(RegionId),
+    /// A memslot cannot be moved there.
+    #[error("moving region {region} to {to}: {why}")]
+    Move {
+        /// The region.
+        region: RegionId,
+        /// Where it was to go.
+        to: GuestAddress,
+        /// Why not.
+        why: &'static str,
+    },
+    /// The pager does not take a memslot.
+    #[error(transparent)]
+    Pager(#[from] pageferry_kvm::KvmError),
+    /// The machine is running already.
+    #[error("the machine is running already")]
+    Running,
+    /// A signal handler or a thread could not be had.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Guest memory was accessed beyond its end.
+    #[error("guest memory: {0}")]
+    OutOfRange(#[from] OutOfRange),
+}
+
+impl VmError {
+    /// For `map_err`: KVM refused `what`.
+    pub(crate) fn kvm(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Kvm { what: what.into(), source: error.into() }
+    }
+}

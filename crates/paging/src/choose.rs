@@ -28,7 +28,17 @@ pub fn choose_delivery(
     signal_safe_source: bool,
     signal_available: bool,
 ) -> (Delivery, String) {
-    let cpus = cpus();
+    choose_for(wanted, hints, signal_safe_source, signal_available, cpus())
+}
+
+/// [`choose_delivery`] on so many CPUs.
+fn choose_for(
+    wanted: Delivery,
+    hints: Hints,
+    signal_safe_source: bool,
+    signal_available: bool,
+    cpus: u16,
+) -> (Delivery, String) {
     let counted = |n: u16| if n == 0 { cpus.min(8) } else { n };
     let asked = |delivery: Delivery| (delivery, "as asked".to_owned());
     match wanted {
@@ -142,26 +152,96 @@ pub(crate) fn method(
 mod tests {
     use super::*;
 
+    const KERNEL: &str = "the kernel may touch the memory (no signal)";
+    const SOURCE: &str = "the source cannot be asked from a signal handler";
+    const NOT_HERE: &str = "no signal delivery here";
+
     #[test]
-    fn auto_uses_signals_only_where_they_are_sound() {
-        let all = Hints { guest_threads: Some(2), user_mode_only: true };
-        assert_eq!(choose_delivery(Delivery::Auto, all, true, true).0, Delivery::Signal);
-        assert_ne!(choose_delivery(Delivery::Auto, all, false, true).0, Delivery::Signal);
-        assert_ne!(choose_delivery(Delivery::Auto, all, true, false).0, Delivery::Signal);
-        let kernel = Hints { user_mode_only: false, ..all };
-        assert_ne!(choose_delivery(Delivery::Auto, kernel, true, true).0, Delivery::Signal);
+    fn auto_picks_by_the_guest_the_source_and_the_cpus() {
+        use Delivery::{Queue, Sharded, Signal};
+
+        // (user mode only, signal-safe source, signals available), guest threads, CPUs.
+        let own = "all accesses are this process's own, in user mode, and the source can be asked \
+                   from a signal handler: a thread resolves its own faults, nothing is queued";
+        let few = |why: &str, threads: u16, cpus: u16| {
+            format!(
+                "{why}; {threads} guest threads on {cpus} CPUs: more readers than one would only \
+                 take their CPU time"
+            )
+        };
+        let many = |why: &str, threads: u16, cpus: u16| {
+            format!(
+                "{why}; {threads} guest threads on {cpus} CPUs contend for one queue: split by \
+                 address"
+            )
+        };
+        let cases = [
+            // Signals are used only where they are sound, and then whatever the CPUs.
+            ((true, true, true), Some(2), 2, Signal, own.to_owned()),
+            ((true, true, true), Some(64), 64, Signal, own.to_owned()),
+            ((true, true, true), None, 1, Signal, own.to_owned()),
+            ((false, true, true), Some(2), 16, Queue, few(KERNEL, 2, 16)),
+            ((true, false, true), Some(2), 16, Queue, few(SOURCE, 2, 16)),
+            ((true, true, false), Some(2), 16, Queue, few(NOT_HERE, 2, 16)),
+            // The first of several reasons.
+            ((false, false, false), Some(2), 16, Queue, few(KERNEL, 2, 16)),
+            ((true, false, false), Some(2), 16, Queue, few(SOURCE, 2, 16)),
+            // Four threads on four CPUs contend; fewer of either do not.
+            ((false, false, false), Some(3), 4, Queue, few(KERNEL, 3, 4)),
+            ((false, false, false), Some(4), 3, Queue, few(KERNEL, 4, 3)),
+            ((false, false, false), Some(4), 4, Sharded(4), many(KERNEL, 4, 4)),
+            ((true, false, true), Some(6), 16, Sharded(6), many(SOURCE, 6, 16)),
+            ((true, true, false), Some(16), 6, Sharded(6), many(NOT_HERE, 16, 6)),
+            ((false, true, true), Some(255), 64, Sharded(8), many(KERNEL, 255, 64)),
+            // As many threads as CPUs, if nobody said.
+            ((false, true, true), None, 3, Queue, few(KERNEL, 3, 3)),
+            ((false, true, true), None, 5, Sharded(5), many(KERNEL, 5, 5)),
+            ((false, true, true), None, u16::MAX, Sharded(8), many(KERNEL, u16::MAX, u16::MAX)),
+        ];
+        for ((user_mode_only, safe, available), guest_threads, cpus, delivery, why) in cases {
+            let hints = Hints { guest_threads, user_mode_only };
+            let chosen = choose_for(Delivery::Auto, hints, safe, available, cpus);
+            assert_eq!(chosen, (delivery, why), "{hints:?} {safe} {available} {cpus}");
+        }
     }
 
     #[test]
-    fn counts_are_filled_in_and_kept() {
-        let none = Hints::default();
-        assert_eq!(
-            choose_delivery(Delivery::Sharded(3), none, false, true).0,
-            Delivery::Sharded(3)
-        );
-        let Delivery::QueueN(n) = choose_delivery(Delivery::QueueN(0), none, false, true).0 else {
-            panic!("the kind of delivery changed")
+    fn what_is_asked_for_is_kept_and_its_number_filled_in() {
+        let wanted = |n: u16| {
+            [
+                (Delivery::QueueN(n), Delivery::QueueN as fn(u16) -> Delivery),
+                (Delivery::ByThread(n), Delivery::ByThread),
+                (Delivery::ByCpu(n), Delivery::ByCpu),
+                (Delivery::Sharded(n), Delivery::Sharded),
+                (Delivery::Hybrid(n), Delivery::Hybrid),
+            ]
         };
-        assert!(n >= 1);
+        // Neither hints nor what is available change it: what does not fit is refused elsewhere.
+        let hints = [Hints::default(), Hints { guest_threads: Some(64), user_mode_only: true }];
+        for (hints, able) in hints.into_iter().zip([false, true]) {
+            let choose = |delivery, cpus| {
+                let (chosen, why) = choose_for(delivery, hints, able, able, cpus);
+                assert_eq!(why, "as asked");
+                chosen
+            };
+            for same in [Delivery::Queue, Delivery::Signal, Delivery::Exit] {
+                assert_eq!(choose(same, 4), same);
+            }
+            for (delivery, of) in wanted(3) {
+                assert_eq!(choose(delivery, 16), of(3));
+            }
+            for (cpus, filled) in [(1, 1), (5, 5), (8, 8), (64, 8)] {
+                for (delivery, of) in wanted(0) {
+                    assert_eq!(choose(delivery, cpus), of(filled), "{cpus} CPUs");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_cpus_are_those_of_this_host() {
+        let here = choose_delivery(Delivery::QueueN(0), Hints::default(), false, true);
+        assert!(cpus() >= 1);
+        assert_eq!(here, (Delivery::QueueN(cpus().min(8)), "as asked".to_owned()));
     }
 }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use pageferry_memory::{GranuleRange, HostRange, Layout};
+use pageferry_memory::{GranuleRange, HostRange, Layout, PageMap};
 use pageferry_uffd::{Userfaultfd, Wake};
 use rustix::thread::futex;
 
@@ -91,7 +91,7 @@ impl Core {
         let arrived = self.stats.now();
         // Before the install: completion is noticed, and agreed upon, as soon as the last granule
         // is published.
-        self.from_source.fetch_add(whole.count(), Relaxed);
+        self.from_source.fetch_add(count_requested(target.region.page_map(), whole), Relaxed);
         self.install(target, whole, data, changing)?;
         self.account(target, whole, arrived);
         Ok(())
@@ -155,6 +155,7 @@ impl Core {
         while at < rest.end() {
             let left = GranuleRange::new(at, rest.end().get() - at.get());
             let Some(run) = requested(map, left) else { break };
+            self.stats.add(Counter::duplicate, run.first().get() - at.get());
             let from = ((run.first().get() - whole.first().get()) << shift) as usize;
             let len = (run.count() << shift) as usize;
             let copied: Result<(), std::convert::Infallible> =
@@ -168,6 +169,7 @@ impl Core {
                 other => return other,
             }
         }
+        self.stats.add(Counter::duplicate, rest.end().get().saturating_sub(at.get()));
         Progress::Done
     }
 
@@ -390,6 +392,20 @@ impl Core {
             granules_poisoned: self.poisoned_by_source.load(Acquire),
         }
     }
+}
+
+/// Granules of `whole` that are requested: all of them, but for answers given twice or removed.
+fn count_requested(map: &PageMap, whole: GranuleRange) -> u64 {
+    let mut count = 0;
+    let mut rest = whole;
+    while let Some(run) = requested(map, rest) {
+        count += run.count();
+        rest = rest.split_at(run.end().get() - rest.first().get()).1;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    count
 }
 
 /// Waits for another thread, the reader, to read the events.

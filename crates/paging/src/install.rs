@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use pageferry_memory::{GranuleIndex, GranuleRange, HostRange, PageMap, Region, RegionId, State};
-use pageferry_uffd::{CopyMode, MoveMode, Outcome, UffdError, Userfaultfd, Wake};
+use pageferry_uffd::{CopyMode, Errno, MoveMode, Outcome, UffdError, Userfaultfd, Wake};
 
 use crate::{
     Span,
@@ -138,7 +138,7 @@ impl Target {
         &self,
         place: &Place<'_>,
         whole: GranuleRange,
-        data: Data<'_>,
+        mut data: Data<'_>,
         watched: bool,
         stats: &Stats,
     ) -> Progress {
@@ -204,6 +204,15 @@ impl Target {
                         at: granule_at(done),
                         why: "the page is poisoned (EHWPOISON)".into(),
                     };
+                }
+                // Memory that the guest has locked, say, where the page to move is not locked, or
+                // a mapping that differs otherwise: what was not moved is still in the buffer.
+                Err(error)
+                    if error.errno() == Some(Errno::INVAL)
+                        && let Data::Movable(pages) = data =>
+                {
+                    stats.add(Counter::move_fallbacks, 1);
+                    data = Data::Bytes(pages.as_bytes());
                 }
                 Err(error) => return self.refuse(place, done, &error, stats),
             }

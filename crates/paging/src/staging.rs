@@ -232,6 +232,12 @@ impl MovablePages<'_> {
         unsafe { self.owner.pool.bytes(self.index) }
     }
 
+    /// What is in them. Pages that were moved away read as zeros.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `self` holds the buffer, and lends it mutably only through `&mut self`.
+        unsafe { self.owner.pool.bytes(self.index) }
+    }
+
     /// Where the pages are. Whatever MOVE takes from here, the buffer is repopulated before it is
     /// lent again.
     pub(crate) fn range(&self) -> HostRange {

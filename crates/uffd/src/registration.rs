@@ -11,6 +11,43 @@ use crate::{HostRange, Ioctls, Mapped, RegisterError, RegisterMode, UffdError, U
 /// first ([`Userfaultfd::poison`]). An error of unregistering can be seen only with
 /// [`unregister`](Self::unregister); after it the range stays registered until it is unmapped or
 /// the last descriptor closes.
+///
+/// A mapping that is only borrowed can be given up after its registration, and not before:
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # use pageferry_uffd::{Mapped, RegisterError, RegisterMode, Userfaultfd};
+/// fn serve(uffd: &Arc<Userfaultfd>, mapping: impl Mapped) -> Result<(), RegisterError> {
+///     let registration = uffd.register(&mapping, mapping.range(), RegisterMode::MISSING)?;
+///     drop(registration);
+///     drop(mapping);
+///     Ok(())
+/// }
+/// ```
+///
+/// ```compile_fail,E0505
+/// # use std::sync::Arc;
+/// # use pageferry_uffd::{Mapped, RegisterError, RegisterMode, Userfaultfd};
+/// fn serve(uffd: &Arc<Userfaultfd>, mapping: impl Mapped) -> Result<(), RegisterError> {
+///     let registration = uffd.register(&mapping, mapping.range(), RegisterMode::MISSING)?;
+///     drop(mapping);
+///     drop(registration);
+///     Ok(())
+/// }
+/// ```
+///
+/// Nor can a registration be kept for longer than what it borrows:
+///
+/// ```compile_fail,E0515
+/// # use std::sync::Arc;
+/// # use pageferry_uffd::{Mapped, RegisterError, RegisterMode, Registration, Userfaultfd};
+/// fn serve<'a, M: Mapped>(
+///     uffd: &Arc<Userfaultfd>,
+///     mapping: M,
+/// ) -> Result<Registration<&'a M>, RegisterError> {
+///     uffd.register(&mapping, mapping.range(), RegisterMode::MISSING)
+/// }
+/// ```
 pub struct Registration<M: Mapped> {
     uffd: Arc<Userfaultfd>,
     /// `None` only inside the methods that consume the registration: nothing is to be undone then.

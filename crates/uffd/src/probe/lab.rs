@@ -28,6 +28,15 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Pages of an area.
 pub(super) const PAGES: u64 = 4;
 
+/// [`PAGES`], where they are to be had.
+pub(super) fn pages_of(backing: Backing) -> u64 {
+    match backing {
+        Backing::Anonymous | Backing::Memfd => PAGES,
+        // Reserved huge pages are few, and no check of them needs two.
+        Backing::Hugetlb2M => 1,
+    }
+}
+
 /// A registered area. Whoever waits in it is let go when the lab is dropped.
 pub(super) struct Lab {
     pub(super) uffd: Userfaultfd,
@@ -40,12 +49,7 @@ impl Lab {
         backing: Backing,
         mode: RegisterMode,
     ) -> Result<Self, Shortfall> {
-        let pages = match backing {
-            Backing::Anonymous | Backing::Memfd => PAGES,
-            // Reserved huge pages are few, and no check of them needs two.
-            Backing::Hugetlb2M => 1,
-        };
-        Self::with_area(features, Area::new(backing, pages)?, mode)
+        Self::with_area(features, Area::new(backing, pages_of(backing))?, mode)
     }
 
     /// A lab on an area that the check has prepared.
@@ -130,6 +134,9 @@ pub(super) fn done_soon(
 ///
 /// When it does not end in time the thread is left to itself: the memory it waits in is its own,
 /// and it is let go when the descriptor is closed.
+///
+/// From the start of the action until the first event is read nothing is allocated or freed here:
+/// see [`Event::Fork`].
 pub(super) fn attend<T: Send + 'static>(
     uffd: &Userfaultfd,
     action: impl FnOnce() -> T + Send + 'static,
@@ -137,15 +144,20 @@ pub(super) fn attend<T: Send + 'static>(
 ) -> Result<T, Shortfall> {
     // The thread's end closes the pipe, so that one poll waits for both it and events.
     let (ended, alive) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    let (go, start) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let (sender, receiver) = mpsc::channel();
     std::thread::Builder::new().name("pageferry-probe".to_owned()).spawn(move || {
-        // The receiver may have lost patience.
-        let _ = sender.send(action());
+        // Without the byte nobody waits for the action any more.
+        if matches!(rustix::io::retry_on_intr(|| rustix::io::read(&go, &mut [0])), Ok(1)) {
+            // The receiver may have lost patience.
+            let _ = sender.send(action());
+        }
         drop(alive);
     })?;
 
-    let deadline = Instant::now() + PATIENCE;
     let mut buffer = EventBuffer::new(4);
+    let deadline = Instant::now() + PATIENCE;
+    rustix::io::write(&start, &[1])?;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let (event, end) = poll(uffd, &ended, left)?;

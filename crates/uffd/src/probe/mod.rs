@@ -8,6 +8,7 @@
 mod area;
 mod faults;
 mod lab;
+#[allow(unsafe_code)]
 mod others;
 mod tracking;
 
@@ -115,9 +116,11 @@ const CHECKS: &[(&str, &str, Check)] = &[
     ("exact-address", "fault events carry the exact address", faults::exact_address),
     ("wp.anonymous", "write protection of anonymous memory", tracking::wp_anonymous),
     ("wp.memfd", "write protection of a memfd", tracking::wp_memfd),
+    ("wp.hugetlb-2m", "write protection of 2 MiB huge pages", tracking::wp_hugetlb),
     ("wp.unpopulated", "write protection of pages not there yet", tracking::wp_unpopulated),
-    ("wp.async", "asynchronous write protection, PAGEMAP_SCAN", tracking::wp_async),
+    ("wp.async", "asynchronous write protection, harvested", tracking::wp_async),
     ("pagemap", "read /proc/self/pagemap", tracking::pagemap),
+    ("pagemap-scan", "PAGEMAP_SCAN", tracking::pagemap_scan),
     ("soft-dirty", "soft-dirty bits", tracking::soft_dirty),
     ("event.remove", "an event when pages are discarded", others::event_remove),
     ("event.remap", "an event when memory is moved", others::event_remap),
@@ -129,7 +132,9 @@ const CHECKS: &[(&str, &str, Check)] = &[
 /// that it never answers.
 ///
 /// Nothing outside the mappings and descriptors made here is changed. The calling process should
-/// not be short of file descriptors.
+/// not be short of file descriptors. It is forked once, for `event.fork`: the child ends at once and
+/// is waited for. A process that should not be forked, because it is large, follows its forks by a
+/// userfaultfd of its own or waits for children that it does not know, has another one probe.
 pub fn probe() -> Probe {
     let opened = Options::new().open().map(|userfaultfd| userfaultfd.negotiated()).ok();
     let findings = CHECKS

@@ -1,12 +1,18 @@
 //! Opening, and the events other than faults.
 
+use std::{os::unix::process::CommandExt as _, process::Command, sync::Mutex};
+
+use rustix::io::Errno;
+
 use super::{
     Shortfall,
     area::{Area, Backing},
     lab::{Lab, attend},
     missing,
 };
-use crate::{Event, Features, HostRange, Mapped, OpenWay, Options, RegisterMode};
+use crate::{
+    Event, Features, HostRange, Mapped, OpenWay, Options, Outcome, RegisterMode, Userfaultfd, Wake,
+};
 
 fn open_by(way: OpenWay) -> Result<(), Shortfall> {
     Options::new().ways([way]).open()?;
@@ -85,10 +91,43 @@ pub(super) fn event_unmap() -> Result<(), Shortfall> {
     )
 }
 
+/// A fork waits for the readers of all userfaultfds of the process that follow forks: were there
+/// two of ours, the other might not be reading yet, but allocating, and so wait for this fork.
+static FORKING: Mutex<()> = Mutex::new(());
+
 pub(super) fn event_fork() -> Result<(), Shortfall> {
-    Options::new().required(Features::EVENT_FORK).open()?;
-    Err(Shortfall::Untested(
-        "the kernel grants it; forking the calling process to see it could disturb its threads"
-            .to_owned(),
-    ))
+    let _forking = FORKING.lock();
+    let (lab, _area, range) = event_lab(Features::EVENT_FORK)?;
+    let mut of_child = None;
+    let forked = attend(&lab.uffd, fork, |event| match event {
+        Event::Fork { uffd } if of_child.is_none() => {
+            of_child = Some(uffd);
+            Ok(())
+        }
+        other => missing(format!("an unexpected event came: {other:?}")),
+    })?;
+    forked?;
+    let Some(descriptor) = of_child else { return missing("no event came") };
+    let enabled = lab.uffd.negotiated().enabled;
+    let child =
+        Userfaultfd::from_received_fd(descriptor, enabled, lab.uffd.negotiated().opened_by)?;
+    // It is of the child, which has ended.
+    match child.zeropage(range, Wake::No)? {
+        Outcome::ProcessGone { done: 0 } => Ok(()),
+        outcome => missing(format!("the child has ended, and ZEROPAGE there: {outcome:?}")),
+    }
+}
+
+/// Forks this process. The child ends at once.
+fn fork() -> Result<(), Shortfall> {
+    // The standard library forks, instead of spawning in the parent's memory, for this: it runs in
+    // the child, where its error ends it before any program is run.
+    let mut command = Command::new("/nonexistent");
+    // SAFETY: makes an error of a number, which neither allocates nor takes a lock.
+    unsafe { command.pre_exec(|| Err(Errno::CANCELED.into())) };
+    match command.spawn() {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::CANCELED) => Ok(()),
+        Err(error) => missing(format!("forking: {error}")),
+        Ok(_) => missing("the child went on"),
+    }
 }

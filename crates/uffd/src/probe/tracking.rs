@@ -3,11 +3,12 @@
 use super::{
     Shortfall,
     area::{Area, Backing},
-    lab::{Lab, PAGES, done},
+    lab::{Lab, PAGES, done, pages_of},
     missing,
 };
 use crate::{
-    FaultKind, Features, Mapped, PageRegion, Pagemap, PagemapEntry, RegisterMode, ScanRequest, Wake,
+    FaultKind, Features, Mapped, PageCategories, PageRegion, Pagemap, PagemapEntry, RegisterMode,
+    ScanRequest, Wake,
 };
 
 /// Write-protects page 0, writes to it, and lifts the protection when that is noticed.
@@ -29,7 +30,7 @@ fn serve_write(lab: &Lab) -> Result<(), Shortfall> {
 }
 
 fn write_protect(features: Features, backing: Backing) -> Result<(), Shortfall> {
-    let area = Area::new(backing, PAGES)?;
+    let area = Area::new(backing, pages_of(backing))?;
     area.write(0, 1);
     serve_write(&Lab::with_area(features, area, RegisterMode::WP)?)
 }
@@ -40,6 +41,10 @@ pub(super) fn wp_anonymous() -> Result<(), Shortfall> {
 
 pub(super) fn wp_memfd() -> Result<(), Shortfall> {
     write_protect(Features::PAGEFAULT_FLAG_WP | Features::WP_HUGETLBFS_SHMEM, Backing::Memfd)
+}
+
+pub(super) fn wp_hugetlb() -> Result<(), Shortfall> {
+    write_protect(Features::PAGEFAULT_FLAG_WP | Features::WP_HUGETLBFS_SHMEM, Backing::Hugetlb2M)
 }
 
 pub(super) fn wp_unpopulated() -> Result<(), Shortfall> {
@@ -95,6 +100,23 @@ pub(super) fn pagemap() -> Result<(), Shortfall> {
         return Ok(());
     }
     missing(format!("of four pages the first is present; reported: {present:?}"))
+}
+
+/// By categories that need no userfaultfd.
+pub(super) fn pagemap_scan() -> Result<(), Shortfall> {
+    let area = Area::new(Backing::Anonymous, PAGES)?;
+    for page in [0, 1, 3] {
+        area.write(page * area.page_size(), 1);
+    }
+    let request = ScanRequest::having(area.range(), PageCategories::PRESENT);
+    let mut regions = [PageRegion::default(); PAGES as usize];
+    let result = Pagemap::open_self()?.scan(&request, &mut regions)?;
+    let found = &regions[..result.regions];
+    let expected = [area.range().take(2 * area.page_size()), area.page(3)];
+    if found.iter().map(PageRegion::range).eq(expected) {
+        return Ok(());
+    }
+    missing(format!("pages 0, 1 and 3 are present; reported: {found:?}"))
 }
 
 pub(super) fn soft_dirty() -> Result<(), Shortfall> {

@@ -95,9 +95,11 @@ impl Boot {
         let gibs = end.div_ceil(GIB);
         let large_gib = gibs > MAX_DIRECTORIES;
         let tables = DIRECTORIES + if large_gib { 0 } else { gibs * PAGE };
-        let table_bytes = |vcpu| (4 * plan.vcpu(vcpu).touches).next_multiple_of(PAGE);
-        let zipf = config.payload.order == Order::Zipf;
-        let all_tables: u64 = if zipf { (0..config.vcpus).map(table_bytes).sum() } else { 0 };
+        let table_bytes = |vcpu| match plan.vcpu(vcpu).order {
+            Order::Zipf => (4 * plan.vcpu(vcpu).touches).next_multiple_of(PAGE),
+            Order::Sequential | Order::Random => 0,
+        };
+        let all_tables: u64 = (0..config.vcpus).map(table_bytes).sum();
         if tables + all_tables > LOW_BASE {
             return Err(VmError::Config {
                 why: format!("tables of {all_tables:#x} bytes do not fit the boot memory"),
@@ -119,7 +121,7 @@ impl Boot {
         let mut table = tables;
         for vcpu in 0..config.vcpus {
             boot.write_parameters(config, plan, vcpu, table);
-            if zipf {
+            if plan.vcpu(vcpu).order == Order::Zipf {
                 let units: Vec<u8> =
                     plan.units(vcpu).flat_map(|unit| (unit as u32).to_le_bytes()).collect();
                 boot.write(table, &units);

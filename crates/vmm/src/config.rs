@@ -102,6 +102,8 @@ pub enum Share {
 pub struct Payload {
     /// In which order it touches its units.
     pub order: Order,
+    /// In which order every second vCPU does, beginning with the second of all; `None`: in the same.
+    pub order_of_others: Option<Order>,
     /// What it does with them.
     pub operation: Operation,
     /// At which privilege level.
@@ -131,6 +133,7 @@ impl Default for Payload {
     fn default() -> Self {
         Self {
             order: Order::Sequential,
+            order_of_others: None,
             operation: Operation::ReadVerify,
             ring: Ring::Three,
             share: Share::Own,
@@ -159,6 +162,13 @@ pub struct VmConfig {
     pub page_size: PageSize,
     /// What the guest does.
     pub payload: Payload,
+}
+
+impl Payload {
+    /// In which order this vCPU touches its units.
+    pub(crate) fn order_of(&self, vcpu: u16) -> Order {
+        self.order_of_others.filter(|_| !vcpu.is_multiple_of(2)).unwrap_or(self.order)
+    }
 }
 
 impl VmConfig {

@@ -73,6 +73,7 @@ mod pattern;
 mod payload;
 mod plan;
 mod report;
+mod runner;
 #[allow(unsafe_code)]
 mod signal;
 mod source;
@@ -85,5 +86,6 @@ pub use error::VmError;
 pub use memory::Verified;
 pub use pattern::{Pattern, WRITTEN, expected_word};
 pub use report::{DeviceReport, End, Mismatch, Report, TouchTimes, VcpuReport};
+pub use runner::{KvmRun, VcpuRunner};
 pub use source::{PatternOptions, PatternSource};
 pub use vm::{RunOptions, Vm};

@@ -139,6 +139,9 @@ macro_rules! report {
 global_asm!(
     ".pushsection .rodata.pageferry_vmm_payload, \"a\"",
     ".balign 16",
+    // Rust code may be compiled into another object than this: its labels must be seen there.
+    ".globl pageferry_vmm_payload, pageferry_vmm_handlers, pageferry_vmm_payload_end",
+    ".hidden pageferry_vmm_payload, pageferry_vmm_handlers, pageferry_vmm_payload_end",
     "pageferry_vmm_payload:",
     ".macro PF_EXPECTED", // rsi -> rax
     "  mov rax, rsi",

@@ -105,8 +105,9 @@ impl Plan {
         let split = Split::of(config.memory, unit.max(config.page_size));
         let units = config.memory / unit.bytes();
         let count = u64::from(config.vcpus);
-        let vcpus = (0..count)
-            .map(|vcpu| {
+        let vcpus = (0..config.vcpus)
+            .map(|number| {
+                let (vcpu, order) = (u64::from(number), payload.order_of(number));
                 let (first, own) = match payload.share {
                     Share::All => (0, units),
                     Share::Own => {
@@ -118,9 +119,9 @@ impl Plan {
                 };
                 let wanted = payload.units_per_vcpu.unwrap_or(own);
                 VcpuPlan {
-                    order: payload.order,
+                    order,
                     first,
-                    touches: match payload.order {
+                    touches: match order {
                         Order::Zipf => wanted,
                         Order::Sequential | Order::Random => wanted.min(own),
                     },
@@ -196,7 +197,7 @@ pub(crate) fn revisits(config: &VmConfig) -> bool {
     let payload = &config.payload;
     payload.operation == Operation::ReadModifyWrite
         && (payload.rounds > 1
-            || payload.order == Order::Zipf
+            || (0..config.vcpus).any(|vcpu| payload.order_of(vcpu) == Order::Zipf)
             || payload.share == Share::All && config.vcpus > 1)
 }
 
@@ -220,6 +221,20 @@ mod tests {
                 assert!(units.iter().copied().eq(0..pages), "{order:?} {vcpus} {pages}");
             }
         }
+    }
+
+    #[test]
+    fn every_second_vcpu_may_have_another_order() {
+        let mut config = config(Order::Random, Share::All, 3, 1000);
+        config.payload.order_of_others = Some(Order::Sequential);
+        let plan = Plan::new(&config);
+        let ascends = |vcpu| plan.units(vcpu).is_sorted();
+        assert_eq!([0, 1, 2].map(ascends), [false, true, false]);
+        config.payload.operation = Operation::ReadModifyWrite;
+        config.payload.share = Share::Own;
+        assert!(!revisits(&config));
+        config.payload.order_of_others = Some(Order::Zipf);
+        assert!(revisits(&config));
     }
 
     #[test]

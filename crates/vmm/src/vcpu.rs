@@ -11,11 +11,11 @@ use std::{
 
 use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use pageferry_kvm::{Exit, RunError, VcpuPager};
+use pageferry_kvm::{Exit, RunError};
 use pageferry_memory::GuestAddress;
 
 use crate::{
-    Ring, VmError,
+    Ring, VcpuRunner, VmError,
     boot::{self, Boot, Entry},
     control::Control,
     immediate_exit::ImmediateExit,
@@ -43,8 +43,7 @@ pub(crate) struct Vcpu {
 pub(crate) struct Run<'a> {
     pub(crate) boot: &'a Boot,
     pub(crate) control: &'a Control,
-    /// Without one, KVM_RUN is called as it is.
-    pub(crate) pager: Option<VcpuPager>,
+    pub(crate) runner: Box<dyn VcpuRunner + 'a>,
     /// Told of progress: vCPU and units touched.
     pub(crate) progress: Option<&'a (dyn Fn(u16, u64) + Sync)>,
 }
@@ -106,7 +105,7 @@ impl Vcpu {
             },
             exits,
             kicks: self.kicks.load(Relaxed),
-            pager: run.pager.map(|pager| pager.stats()),
+            pager: run.runner.stats(),
         })
     }
 
@@ -134,11 +133,7 @@ impl Vcpu {
             if !run.control.checkpoint(&active) {
                 return End::Stopped;
             }
-            let exit = match &mut run.pager {
-                Some(pager) => pager.run(fd),
-                None => fd.run().map(Exit::Kvm).map_err(RunError::Kvm),
-            };
-            match exit {
+            match run.runner.run(fd) {
                 Ok(Exit::Kvm(exit)) => {
                     *exits += 1;
                     if let Some(end) = self.handle(exit, run) {

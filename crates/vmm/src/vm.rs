@@ -15,7 +15,7 @@ use pageferry_memory::{GuestAddress, HostRange, Layout, PageSize, Region, Region
 use pageferry_paging::{Builder, Delivery, Events, InstallMethod, Pager};
 
 use crate::{
-    Setup, VmConfig, VmError,
+    KvmRun, Setup, VcpuRunner, VmConfig, VmError,
     boot::Boot,
     control::Control,
     device::Device,
@@ -150,20 +150,40 @@ impl Vm {
         pager: Option<&VmPager>,
         options: &RunOptions<'_>,
     ) -> Result<Report, VmError> {
+        let runner = |_| match pager {
+            Some(pager) => Box::new(pager.vcpu()) as Box<dyn VcpuRunner>,
+            None => Box::new(KvmRun),
+        };
+        self.run_with(&runner, pager.map(|pager| &**pager.pager()), options)
+    }
+
+    /// As [`run`](Self::run), with whatever `runner` makes for each vCPU's number entering the guest.
+    /// All are made on the calling thread before the first vCPU runs, and each is dropped on its
+    /// vCPU's thread, or on this one if that thread cannot be had. `pager` is for device threads.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_with<'r>(
+        &self,
+        runner: &dyn Fn(u16) -> Box<dyn VcpuRunner + 'r>,
+        pager: Option<&Pager>,
+        options: &RunOptions<'_>,
+    ) -> Result<Report, VmError> {
         let _running = match self.running.try_lock() {
             Ok(running) => running,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Err(VmError::Running),
         };
         let layout = self.layout();
+        let runners: Vec<_> = (0..self.config.vcpus).map(runner).collect();
         let started = Instant::now();
         let result = thread::scope(|scope| {
             let mut vcpus = Vec::new();
-            for (number, vcpu) in self.vcpus.iter().enumerate() {
+            for ((number, vcpu), runner) in self.vcpus.iter().enumerate().zip(runners) {
                 let run = Run {
                     boot: &self.boot,
                     control: &self.control,
-                    pager: pager.map(VmPager::vcpu),
+                    runner,
                     progress: options.progress,
                 };
                 vcpus.push(self.spawn(scope, format!("vcpu {number}"), || vcpu.run(run))?);
@@ -174,7 +194,7 @@ impl Vm {
                     layout: &layout,
                     plan: &self.plan,
                     pattern: self.config.payload.pattern,
-                    pager: pager.map(|pager| &**pager.pager()),
+                    pager,
                     control: &self.control,
                     seed: self.config.payload.seed.wrapping_add(number.into()),
                 };

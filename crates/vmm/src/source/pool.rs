@@ -10,9 +10,6 @@ use std::{
 
 use pageferry_paging::Span;
 
-/// Less than this before its time, a thread does not sleep, which would take longer, but spins.
-const SPIN: Duration = Duration::from_micros(100);
-
 #[derive(Default)]
 struct Queue {
     /// In the order of their times: every request of a source has the same delay.
@@ -77,13 +74,15 @@ fn next(shared: &Shared) -> Option<(Instant, Span)> {
     }
 }
 
+/// Sleeps, as one who waits for a network does, and so leaves the processor to the vCPUs. How much
+/// longer it takes than it should is the timer slack of whoever made the thread (prctl(2)).
 fn wait_until(at: Instant) {
-    let left = at.saturating_duration_since(Instant::now());
-    if left > SPIN {
-        thread::sleep(left - SPIN);
-    }
-    while Instant::now() < at {
-        thread::yield_now();
+    loop {
+        let left = at.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        thread::sleep(left);
     }
 }
 

@@ -36,6 +36,14 @@ pub(crate) fn help(examples: &str) -> String {
     format!("{examples}\n\n{CODES}")
 }
 
+/// As [`help`], for a command that goes on until it is stopped.
+pub(crate) fn help_of_server(examples: &str) -> String {
+    let codes = CODES.replace("    0  success\n", "    0  stopped by SIGINT or SIGTERM\n");
+    let kept =
+        codes.lines().filter(|line| !line.contains("  stopped by") || line.contains("  0  "));
+    format!("{examples}\n\n{}", kept.collect::<Vec<_>>().join("\n"))
+}
+
 impl Exit {
     pub(crate) fn code(self) -> u8 {
         match self {

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use pageferry::{
     image::RawImage,
     migrate::{Endpoint, ImageStore, PageServer, ServerOptions, ServerStats},
@@ -29,7 +29,7 @@ trusted clients reach.";
 
 /// Serve a memory image, read-only, to any number of clients
 #[derive(clap::Args, Debug)]
-#[command(after_help = exit::help(EXAMPLES))]
+#[command(after_help = exit::help_of_server(EXAMPLES))]
 pub(crate) struct Args {
     /// The image: a file with the memory's bytes
     image: PathBuf,
@@ -73,12 +73,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         args.listen.parse().map_err(|error| Failure::usage(format!("--listen: {error}")))?;
     let image = RawImage::open(&args.image)?;
     let bytes = image.length();
+    if bytes == 0 {
+        bail!("{}: the image is empty: there is no memory in it to serve", args.image.display());
+    }
     let store = ImageStore::new(image, args.granule)
         .with_context(|| format!("serving {}", args.image.display()))?;
     let mut options = ServerOptions::default();
     options.delay = Duration::from_micros(args.delay_us);
-    let server = PageServer::bind(&endpoint, Arc::new(store), options)
-        .with_context(|| format!("listening on {endpoint}"))?;
+    let server = PageServer::bind(&endpoint, Arc::new(store), options)?;
     let address = server.local_endpoint().to_string();
     if context.output.json() {
         context.output.write_json_line(&Event::Listening { address, bytes })?;

@@ -1,22 +1,25 @@
-//! `pageferry demo` as a script sees it: what it prints, how it ends, and what it leaves.
+//! `pageferry demo` as a script sees it: what it prints, how it ends, and what it leaves. Where it
+//! matters what the guest is, it is threads here.
 
 mod common;
+#[path = "common/nobody.rs"]
+mod nobody;
 
 use std::{
     fs,
-    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    path::{Path, PathBuf},
+    os::unix::process::CommandExt as _,
     process::{Command, Output},
 };
 
 use common::{
-    Process, Running, command, expect_code,
+    Process, Running, expect_code,
     host::{
         HUGE_PAGES, has_userfaultfd, huge_pages, huge_pages_are_idle, huge_pages_available,
         huge_pages_total, is_root,
     },
     json, pageferry, run, text, wait_for, words,
 };
+use nobody::{ForNobody, deprived, nobody_can_open};
 use rustix::process::Signal;
 
 const DELIVERIES: [&str; 7] =
@@ -24,7 +27,7 @@ const DELIVERIES: [&str; 7] =
 const PREFETCHES: [&str; 3] = ["none", "sweep", "around:64KiB"];
 /// A guest that is not done for a long time, as every page takes a fifth of a second, and nobody
 /// brings pages but the guest.
-const LONG: &str = "demo --json --prefetch none --delay-us 200000";
+const LONG: &str = "demo --json --guest threads --prefetch none --delay-us 200000";
 
 fn demo(args: &str) -> Command {
     pageferry(["--json", "demo"].into_iter().chain(words(args)))
@@ -54,7 +57,7 @@ fn matrix(backing: &str, install: &str) {
     for delivery in DELIVERIES {
         for prefetch in PREFETCHES {
             let args = format!(
-                "--memory 16MiB --delivery {delivery} --backing {backing} --prefetch {prefetch}"
+                "--guest threads --memory 16MiB --delivery {delivery} --backing {backing} --prefetch {prefetch}"
             );
             let report = check(&run(&mut demo(&args)), 16 << 20);
             let chosen = report["delivery"].as_str().expect("a delivery");
@@ -105,7 +108,7 @@ fn every_install_that_a_backing_takes() {
     {
         for delivery in ["queue", "signal"] {
             let args = format!(
-                "--memory 16MiB --backing {backing} --install {install} --delivery {delivery}"
+                "--guest threads --memory 16MiB --backing {backing} --install {install} --delivery {delivery}"
             );
             let report = check(&run(&mut demo(&args)), 16 << 20);
             assert_eq!(report["install"], install, "{args}");
@@ -120,7 +123,9 @@ fn every_workload_and_any_number_of_threads() {
     }
     for workload in ["mixed", "random", "sequential", "zipf"] {
         for threads in [1, 33] {
-            let args = format!("--memory 5MiB --workload {workload} --threads {threads} --seed 7");
+            let args = format!(
+                "--guest threads --memory 5MiB --workload {workload} --threads {threads} --seed 7"
+            );
             let report = check(&run(&mut demo(&args)), 5 << 20);
             assert_eq!(report["workload"], workload);
             assert_eq!(report["threads"], threads);
@@ -133,7 +138,7 @@ fn the_report_for_people_says_the_same() {
     if !has_userfaultfd() {
         return;
     }
-    let output = run(&mut pageferry(words("demo --memory 4MiB")));
+    let output = run(&mut pageferry(words("demo --guest threads --memory 4MiB")));
     expect_code(&output, 0);
     let report = String::from_utf8_lossy(&output.stdout);
     assert!(report.contains("all 1024 pages are right"), "{report}");
@@ -189,7 +194,7 @@ fn an_install_that_the_backing_does_not_take_is_2() {
         ("--install continue --backing anon", "CONTINUE"),
     ];
     for (args, expected) in cases {
-        let output = run(&mut demo(&format!("--memory 4MiB {args}")));
+        let output = run(&mut demo(&format!("--guest threads --memory 4MiB {args}")));
         expect_code(&output, 2);
         assert_eq!(json(&output)["exit_code"], 2, "{args}");
         let error = json(&output)["error"].as_str().expect("text").to_owned();
@@ -217,7 +222,7 @@ fn long_run_of(memory: &str, more: &str) -> (Running, Process) {
 
 /// A run whose guest is done, and that verifies: most pages are still absent then.
 fn verifying_run(more: &str) -> (Running, Process) {
-    let args = "demo --json --memory 4MiB --threads 64 --workload zipf --prefetch none \
+    let args = "demo --json --guest threads --memory 4MiB --threads 64 --workload zipf --prefetch none \
                 --delay-us 50000";
     let mut command = pageferry(words(args).chain(words(more)));
     command.process_group(0);
@@ -407,45 +412,6 @@ fn the_source_ends_with_a_command_that_is_killed() {
     source.wait_ended();
 }
 
-/// The program, where any user may run it; `None` when this is no root.
-struct ForNobody {
-    _folder: tempfile::TempDir,
-    program: PathBuf,
-}
-
-const NOBODY: u32 = 65534;
-
-impl ForNobody {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("readable");
-        let program = folder.path().join("pageferry");
-        // By another process: one that this process forks meanwhile would inherit a descriptor
-        // that writes to the copy, and a program that is open for writing cannot be started.
-        let copied = Command::new("install")
-            .args(["-m", "755"])
-            .args([common::binary(), &program])
-            .status()
-            .expect("install(1) starts");
-        assert!(copied.success(), "copying the program: {copied}");
-        Self { _folder: folder, program }
-    }
-
-    fn demo(&self, args: &str) -> Command {
-        let mut command = command(&self.program, ["--json", "demo"].into_iter().chain(words(args)));
-        command.current_dir("/");
-        if is_root() {
-            command.uid(NOBODY).gid(NOBODY);
-        }
-        command
-    }
-}
-
-fn nobody_can_open(path: &str) -> bool {
-    // For others, which is what nobody is to a device of root's.
-    Path::new(path).metadata().is_ok_and(|meta| meta.permissions().mode() & 0o006 == 0o006)
-}
-
 #[test]
 fn it_needs_no_root() {
     if !has_userfaultfd() {
@@ -455,7 +421,8 @@ fn it_needs_no_root() {
     for delivery in DELIVERIES {
         for backing in ["anon", "memfd"] {
             let args = format!("--memory 16MiB --delivery {delivery} --backing {backing}");
-            let report = check(&run(&mut nobody.demo(&args)), 16 << 20);
+            let args = format!("--json demo {args}");
+            let report = check(&run(&mut nobody.command(words(&args))), 16 << 20);
             let privileged = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd")
                 .is_ok_and(|text| text.trim() == "0");
             if is_root() && privileged && !nobody_can_open("/dev/userfaultfd") {
@@ -466,50 +433,11 @@ fn it_needs_no_root() {
     }
 }
 
-/// Makes userfaultfd(2) fail with EPERM in `command`, as containers do (seccomp(2)).
-fn without_userfaultfd(command: &mut Command) {
-    const fn filter(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
-        libc::sock_filter { code: code as u16, jt, jf, k }
-    }
-    use libc::{
-        BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW,
-        SECCOMP_RET_ERRNO,
-    };
-    let number = libc::SYS_userfaultfd as u32;
-    // The first word of seccomp_data is the number of the system call.
-    static PROGRAM: std::sync::OnceLock<[libc::sock_filter; 4]> = std::sync::OnceLock::new();
-    let program = PROGRAM.get_or_init(|| {
-        [
-            filter(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
-            filter(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, number),
-            filter(BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ERRNO | libc::EPERM as u32),
-            filter(BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ALLOW),
-        ]
-    });
-    let install = move || {
-        let program =
-            libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
-        // SAFETY: prctl(2) reads the program, which is static, and writes nothing.
-        let failed = unsafe {
-            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
-                    != 0
-        };
-        if failed { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-    };
-    // SAFETY: `install` only makes two system calls: it is async-signal-safe.
-    unsafe { command.pre_exec(install) };
-}
-
 #[test]
 fn without_any_userfaultfd_it_is_3_and_says_what_to_do() {
-    if nobody_can_open("/dev/userfaultfd") || (!is_root() && has_userfaultfd_device()) {
-        println!("skipped: needs a user who may not open /dev/userfaultfd");
-        return;
-    }
     let nobody = ForNobody::new();
-    let mut command = nobody.demo("--memory 16MiB");
-    without_userfaultfd(&mut command);
+    let args = words("--json demo --memory 16MiB");
+    let Some(mut command) = deprived(&nobody, args) else { return };
     let output = run(&mut command);
     expect_code(&output, 3);
     let error = json(&output)["error"].as_str().expect("text").to_owned();
@@ -519,14 +447,12 @@ fn without_any_userfaultfd_it_is_3_and_says_what_to_do() {
     assert!(text(&output).contains(&error));
 }
 
-fn has_userfaultfd_device() -> bool {
-    fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd").is_ok()
-}
-
 #[test]
 fn huge_pages_that_cannot_be_had_are_3_and_the_text_says_how_to_get_them() {
     // More than any host has, so that nobody who changes the pool meanwhile makes a difference.
-    let output = run(&mut ForNobody::new().demo("--backing hugetlb-2m --memory 16TiB"));
+    let nobody = ForNobody::new();
+    let args = words("--json demo --backing hugetlb-2m --memory 16TiB");
+    let output = run(&mut nobody.command(args));
     expect_code(&output, 3);
     let error = json(&output)["error"].as_str().expect("text").to_owned();
     assert!(error.contains("as root: echo N > /sys/kernel/mm/hugepages/"), "{error}");

@@ -268,7 +268,7 @@ fn what_cannot_be_served_or_listened_at() {
         (missing, any, "4KiB", 1, &[missing, "No such file"]),
         (directory, any, "4KiB", 1, &[directory, "neither a regular file nor a block device"]),
         ("/dev/null", any, "4KiB", 1, &["/dev/null", "neither a regular file"]),
-        (empty, any, "4KiB", 1, &[empty]),
+        (empty, any, "4KiB", 1, &[empty, "empty"]),
         (image, &taken, "4KiB", 1, &[&taken, "in use"]),
         (image, &at_taken, "4KiB", 1, &[&at_taken, "in use"]),
         (image, &at_file, "4KiB", 1, &[&at_file, "in use"]),
@@ -287,11 +287,20 @@ fn what_cannot_be_served_or_listened_at() {
         for word in expected {
             assert!(text(&output).contains(word), "{args:?}: {word} is not in {}", text(&output));
         }
+        assert_eq!(
+            text(&output).matches("listening").count(),
+            usize::from(text(&output).contains("listening")),
+            "{}",
+            text(&output)
+        );
         // Said once, not once for every layer.
         assert!(text(&output).matches("os error").count() <= 1, "{}", text(&output));
     }
     assert!(path.exists() && taken_socket.exists(), "nothing of others was removed");
     expect_code(&run(&mut pageferry(["serve"])), 2);
+    let help = run(&mut pageferry(["serve", "--help"]));
+    assert!(text(&help).contains("    0  stopped by SIGINT or SIGTERM"), "{}", text(&help));
+    assert!(!text(&help).contains("130"), "{}", text(&help));
 }
 
 #[test]

@@ -115,7 +115,7 @@ fn step(pager: &Pager) -> u64 {
 
 #[test]
 fn every_page_once_and_right() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -156,7 +156,7 @@ fn every_page_once_and_right() {
 /// same pages at the same time.
 #[test]
 fn vcpus_and_others_race_for_the_same_pages() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -193,7 +193,7 @@ fn vcpus_and_others_race_for_the_same_pages() {
 
 #[test]
 fn sixty_four_threads_on_one_page() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -213,7 +213,7 @@ fn sixty_four_threads_on_one_page() {
 
 #[test]
 fn what_the_source_poisons_stays_an_error() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -239,7 +239,7 @@ fn what_the_source_poisons_stays_an_error() {
 /// waits.
 #[test]
 fn waiting_can_be_interrupted() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -273,7 +273,7 @@ fn waiting_can_be_interrupted() {
 /// Removed memory reads as zero, marked or not, while the pager lives and afterwards.
 #[test]
 fn removed_memory_is_zero() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -310,7 +310,7 @@ fn removed_memory_is_zero() {
 /// The page is there, the mapping is not: as after reclaim.
 #[test]
 fn present_but_not_mapped() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -338,7 +338,7 @@ fn present_but_not_mapped() {
 /// SIGBUS there, which the pager answers.
 #[test]
 fn other_threads_touch_the_marked_view() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -372,7 +372,7 @@ fn other_threads_touch_the_marked_view() {
 /// Prefetched pages are mapped for the vCPUs, too: they need not leave for them.
 #[test]
 fn what_is_swept_needs_no_exit() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);
@@ -395,7 +395,7 @@ fn what_is_swept_needs_no_exit() {
 
 #[test]
 fn moving_pages_over_marks_is_refused() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let refused = Pager::builder(Setup::OneView(Backing::Anonymous).layout())
@@ -410,7 +410,7 @@ fn moving_pages_over_marks_is_refused() {
 /// nothing waits in the kernel.
 #[test]
 fn no_queue_at_all() {
-    if !userfaultfd() {
+    if !poison() {
         return;
     }
     let _watch = watch(60);

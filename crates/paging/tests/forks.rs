@@ -309,6 +309,9 @@ fn every_setup(test: &str, step: &str, memory: &[&str], events: &[&str]) {
     }
     for delivery in DELIVERIES {
         for memory in memory {
+            if *memory == "move" && !available(InstallMethod::Move) {
+                continue;
+            }
             for events in events {
                 let case = format!("{delivery}/{memory}/{events}/{step}");
                 child::expect(test, &case, child::End::Exit(0));

@@ -422,7 +422,7 @@ fn giving_up_is_a_memory_error_for_what_is_missing() {
         let events = if parts[2] == "watch" { Events::Watch } else { Events::Ignore };
         return give_up(delivery_named(parts[0]), backing, events, parts[3]);
     }
-    if !userfaultfd() {
+    if !userfaultfd() || !poison() {
         return;
     }
     let _watch = watch(60);

@@ -58,7 +58,7 @@ fn backings() -> Vec<Backing> {
 
 #[test]
 fn what_the_source_poisons_is_counted_and_the_rest_is_right() {
-    if !userfaultfd() {
+    if !userfaultfd() || !poison() {
         return;
     }
     let _watch = watch(60);
@@ -134,7 +134,7 @@ fn touching_a_poisoned_granule_is_a_memory_error() {
             [Backing::Anonymous, Backing::Memfd, HUGE][parts[1].parse::<usize>().unwrap()];
         return touch_poisoned(delivery_named(parts[0]), backing, parts[2]);
     }
-    if !userfaultfd() {
+    if !userfaultfd() || !poison() {
         return;
     }
     for delivery in DELIVERIES {
@@ -292,7 +292,7 @@ fn a_handler_that_was_there_before_is_called() {
     if let Some(kind) = child::case() {
         return chained(&kind);
     }
-    if userfaultfd() {
+    if userfaultfd() && poison() {
         for kind in ["full", "plain"] {
             child::expect(NAME, kind, child::End::Exit(0));
         }

@@ -1,6 +1,6 @@
 //! What is measured: one combination of delivery, threads and memory; and the result.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -70,15 +70,16 @@ pub(crate) enum Access {
 
 macro_rules! display_as_value_name {
     ($($name:ty),*) => {$(
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                let value = self.to_possible_value();
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                let value = clap::ValueEnum::to_possible_value(self);
                 f.pad(value.as_ref().map_or("", |v| v.get_name()))
             }
         }
     )*};
 }
 display_as_value_name!(Delivery, Backing, Kind, Order, Access);
+pub(crate) use display_as_value_name;
 
 /// One measurement to make. Every contender gets the very same.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -38,7 +38,13 @@ impl FromStr for Setup {
         match (text, text.strip_prefix("around:")) {
             ("single", _) => Ok(Self::SinglePages),
             ("defaults", _) => Ok(Self::Defaults),
-            (_, Some(bytes)) => Ok(Self::Around(size::parse(bytes)?)),
+            (_, Some(bytes)) => match size::parse(bytes)? {
+                0 => Err("a block of nothing: use single".into()),
+                bytes if bytes % PAGE as u64 != 0 => {
+                    Err(format!("a block of {bytes} bytes is no multiple of {PAGE}"))
+                }
+                bytes => Ok(Self::Around(bytes)),
+            },
             _ => Err(format!("{text:?} is not single, defaults or around:SIZE")),
         }
     }
@@ -73,7 +79,7 @@ impl Contender for Engine {
         let memory = Arc::new(Memory::new(case)?);
         let base = memory.guest();
         let layout = layout(case, &memory)?;
-        let workers = u16::try_from(case.workers).context("more workers than 65535")?;
+        let workers = u16::try_from(case.workers).context("more workers than can be had")?;
         let delivery = match case.delivery {
             Delivery::Queue => paging::Delivery::Queue,
             Delivery::QueueN => paging::Delivery::QueueN(workers),

@@ -14,6 +14,7 @@ use super::{
     case::{Access, Backing, Case, Contender, Delivery, Kind, Measurement, Order},
     engine::{Engine, Setup},
     histogram::Histogram,
+    median::median,
     reference::{Raw, Reader},
 };
 use crate::{
@@ -74,6 +75,7 @@ pub(super) struct Args {
     access: Access,
     /// Readers, workers or shards of the deliveries that have several [default: CPUs, at least 2]
     #[arg(long, value_name = "N")]
+    #[arg(value_parser = parse_workers)]
     workers: Option<NonZeroUsize>,
     /// Most messages taken from a userfaultfd at once (the `reader` reference takes one)
     #[arg(long, default_value = "64", value_name = "N")]
@@ -81,6 +83,15 @@ pub(super) struct Args {
     /// Seed of the random order
     #[arg(long, default_value = "1", value_name = "N")]
     seed: u64,
+}
+
+/// More threads than this measure nothing but the scheduler.
+fn parse_workers(text: &str) -> Result<NonZeroUsize, String> {
+    match text.parse::<NonZeroUsize>() {
+        Ok(workers) if workers.get() <= 1024 => Ok(workers),
+        Ok(_) => Err("1024 at most".into()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// 16 TiB: page numbers are kept in 32 bits.
@@ -208,16 +219,6 @@ impl Series {
 
 fn rate(measured: &Measurement) -> f64 {
     measured.pages as f64 / measured.wall.as_secs_f64()
-}
-
-/// The middle value, or the mean of the two middle ones; NaN for none.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[n / 2],
-        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
-    }
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {

@@ -138,7 +138,7 @@ fn next_random(state: &mut u64) -> u64 {
 
 /// User and system time that all threads of this process have used (clock_gettime(2)): what
 /// getrusage(2) reports, with a finer resolution.
-fn cpu_time() -> Duration {
+pub(crate) fn cpu_time() -> Duration {
     let now = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }

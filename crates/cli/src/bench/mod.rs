@@ -7,10 +7,12 @@ mod faults;
 #[allow(unsafe_code)]
 pub(crate) mod guest;
 pub(crate) mod histogram;
+mod median;
 #[allow(unsafe_code)]
 pub(crate) mod memory;
 #[allow(unsafe_code)]
 mod reference;
+mod vcpus;
 
 use clap::Subcommand;
 
@@ -22,7 +24,8 @@ use crate::{
 const EXAMPLES: &str = "\
 Examples:
   pageferry bench faults
-  pageferry bench faults --threads 8,32 --json";
+  pageferry bench faults --threads 8,32 --json
+  pageferry bench vcpus --vcpus 1,8";
 
 /// Measure this host and the engine on it
 #[derive(clap::Args, Debug)]
@@ -35,10 +38,12 @@ pub(crate) struct Args {
 #[derive(Subcommand, Debug)]
 enum Benchmark {
     Faults(faults::Args),
+    Vcpus(vcpus::Args),
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     match &args.benchmark {
         Benchmark::Faults(args) => faults::run(args, context),
+        Benchmark::Vcpus(args) => vcpus::run(args, context),
     }
 }

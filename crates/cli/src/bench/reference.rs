@@ -6,9 +6,9 @@
 //! the run.
 
 mod dispatch;
-mod queue;
+pub(super) mod queue;
 mod signal;
-mod sys;
+pub(super) mod sys;
 
 use std::{
     io,
@@ -59,8 +59,18 @@ impl Contender for Reader {
     }
 }
 
-/// Makes one page present. Copied into every thread of a loop, as a C program would have it in
-/// its registers.
+/// Makes one page present.
+pub(super) trait Install: Sync {
+    /// Installs the page at `address`, a page's start in the registered memory. Returns 0 or an errno.
+    ///
+    /// # Safety
+    /// `address` is the start of a page of the memory this was made for, that memory is still
+    /// mapped, and the userfaultfd `uffd` is open.
+    unsafe fn install(&self, uffd: RawFd, address: u64, wake: bool) -> i32;
+}
+
+/// Installs the same page everywhere. Copied into every thread of a loop, as a C program would have
+/// it in its registers.
 #[derive(Copy, Clone, Debug)]
 struct Installer {
     /// Where the fixed page is.
@@ -76,14 +86,9 @@ unsafe impl Send for Installer {}
 // SAFETY: as above.
 unsafe impl Sync for Installer {}
 
-impl Installer {
-    /// Installs the page at `address`, a page's start in the registered memory. Returns 0 or an errno.
-    ///
-    /// # Safety
-    /// `address` is the start of a page of the memory this was made for, that memory is still
-    /// mapped, and the userfaultfd `uffd` is open.
+impl Install for Installer {
     #[inline]
-    unsafe fn install(self, uffd: RawFd, address: u64, wake: bool) -> i32 {
+    unsafe fn install(&self, uffd: RawFd, address: u64, wake: bool) -> i32 {
         match self.to_alias {
             // SAFETY: the fixed page is PAGE bytes long and lives as long as the loops do.
             None => unsafe { sys::copy(uffd, address, self.page, PAGE as u64, wake) },
@@ -102,11 +107,9 @@ impl Installer {
 
 /// What the threads of a loop share.
 #[derive(Debug)]
-struct Loop {
-    installer: Installer,
-    /// The whole memory.
-    memory: Range,
-    /// The parts of it that are registered, each with a userfaultfd of its own.
+pub(super) struct Loop<I> {
+    installer: I,
+    /// The parts of the memory that are registered, each with one userfaultfd.
     parts: Vec<Range>,
     /// Readable once the loop is to end.
     stop: OwnedFd,
@@ -114,14 +117,33 @@ struct Loop {
     failed: AtomicI32,
 }
 
-impl Loop {
+impl<I: Install> Loop<I> {
+    /// For the memory `parts`.
+    pub(super) fn new(installer: I, parts: Vec<Range>) -> anyhow::Result<Self> {
+        let stop = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+            .context("eventfd for the end of a loop")?;
+        Ok(Self { installer, parts, stop, failed: AtomicI32::new(0) })
+    }
+
+    pub(super) fn installer(&self) -> &I {
+        &self.installer
+    }
+
+    /// An error if the loop could not go on.
+    pub(super) fn check(&self) -> io::Result<()> {
+        match self.failed.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
     /// Makes the page at `address` present and wakes its threads; notes what goes wrong, and then
     /// sends the waiting threads on by unregistering: they see zero pages, and the run fails.
     #[inline]
-    fn resolve(&self, uffd: RawFd, address: u64) {
+    pub(super) fn resolve(&self, uffd: RawFd, address: u64) {
         let address = address & !(PAGE as u64 - 1);
-        // SAFETY: the kernel reports faults in registered memory only, which is `memory`; it and
-        // the userfaultfd outlive the loop's threads.
+        // SAFETY: the kernel reports faults in registered memory only, which is what the installer
+        // was made for; it and the userfaultfd outlive the loop's threads.
         match unsafe { self.installer.install(uffd, address, true) } {
             0 => {}
             errno => self.fail(uffd, errno),
@@ -129,10 +151,11 @@ impl Loop {
     }
 
     #[cold]
-    fn fail(&self, uffd: RawFd, errno: i32) {
+    pub(super) fn fail(&self, uffd: RawFd, errno: i32) {
         let _ = self.failed.compare_exchange(0, errno, Ordering::SeqCst, Ordering::SeqCst);
         // The kernel refuses the parts that are another userfaultfd's.
-        if !self.parts.iter().any(|part| sys::unregister(uffd, *part).is_ok()) {
+        let unregistered = self.parts.iter().filter(|part| sys::unregister(uffd, **part).is_ok());
+        if unregistered.count() == 0 {
             // Guest threads may wait for ever, and nothing is left that would send them on.
             std::process::abort();
         }
@@ -155,14 +178,8 @@ fn measure(case: &Case, delivery: Delivery, batch: usize) -> anyhow::Result<Meas
         let start = range.start + (pages.start * PAGE) as u64;
         Range { start, len: (pages.len() * PAGE) as u64 }
     };
-    let shared = Loop {
-        installer: Installer { page: page.as_ptr(), to_alias },
-        memory: range,
-        parts: (0..parts).map(part).collect(),
-        stop: rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
-            .context("eventfd for the end of a loop")?,
-        failed: AtomicI32::new(0),
-    };
+    let installer = Installer { page: page.as_ptr(), to_alias };
+    let shared = Loop::new(installer, (0..parts).map(part).collect())?;
     // SAFETY: `memory` is `case.bytes()` long, and lives to the end of this function.
     let guest = || unsafe { guest::run(memory.guest(), case) };
     let uffds = shared.parts.iter().map(|part| register(case, delivery, *part));
@@ -177,13 +194,12 @@ fn measure(case: &Case, delivery: Delivery, batch: usize) -> anyhow::Result<Meas
         Delivery::ByCpu => {
             dispatch::serve(&shared, fds[0], case.workers, batch, dispatch::By::Cpu, guest)
         }
-        Delivery::Signal => signal::serve(&shared, fds[0], guest),
+        Delivery::Signal => signal::serve(&shared, range, fds[0], guest),
     };
-    match shared.failed.into_inner() {
-        0 => measured,
-        errno => Err(io::Error::from_raw_os_error(errno))
-            .with_context(|| format!("installing a page ({delivery}, {} memory)", case.backing)),
-    }
+    shared
+        .check()
+        .with_context(|| format!("installing a page ({delivery}, {} memory)", case.backing))?;
+    measured
 }
 
 /// Opens a userfaultfd with what the case needs, and registers `range` with it.

@@ -1,225 +1,155 @@
-//! The guest: threads that read and write memory which is not all there yet, and check what they
-//! read.
+//! The guest, whichever it is: prepared, started, watched, asked what it saw.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::*},
-    },
-    thread::JoinHandle,
-    time::Instant,
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use pageferry::{
+    memory::{Layout, Region, RegionConfig},
+    paging::{Builder, Delivery, Pager},
 };
+use pageferry_vmm::{Setup, VcpuReport, Vm};
 
-use clap::ValueEnum;
-use pageferry::memory::{GranuleIndex, Region, State};
-
-use super::pattern::{PAGE, Pattern, WORDS};
+use super::{
+    args::Args,
+    machine::{self, Machine},
+    pattern::{Contents, PAGE, Pattern},
+    plan::{Kind, Plan},
+    threads::{Increments, Threads},
+    verify::Subject,
+};
 use crate::bench::histogram::Histogram;
 
-/// What the guest's threads do.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, ValueEnum, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Workload {
-    /// Random and sequential, reads and writes, half and half
-    Mixed,
-    /// Uniformly random reads and writes
-    Random,
-    /// Each thread reads and writes its own part, upwards
-    Sequential,
-    /// A few pages often, most pages seldom
-    Zipf,
+/// A guest that does not run yet, and its memory, all of which is absent.
+#[derive(Debug)]
+pub(super) enum Prepared {
+    Threads { region: Arc<Region>, pattern: Pattern },
+    Kvm(Arc<Vm>),
 }
 
-/// The word of each page that the guest writes: the last. The page's owner adds one to it.
-const WRITTEN: u64 = WORDS - 1;
-
-/// A guest that runs.
-pub(super) struct Guest {
-    threads: Vec<JoinHandle<Seen>>,
-    stop: Arc<AtomicBool>,
-    touches: Arc<AtomicU64>,
-}
-
-/// What one thread, or all of them, saw and did.
-pub(super) struct Seen {
-    /// How long accesses to granules took that were not there before.
-    pub(super) latency: Box<Histogram>,
-    pub(super) touches: u64,
-    pub(super) writes: u64,
-    pub(super) wrong: u64,
-    /// How often each page that the thread owns was written, in order.
-    increments: Vec<u32>,
-}
-
-/// How often each page was written.
-pub(super) struct Increments {
-    by_thread: Vec<Vec<u32>>,
-}
-
-impl Increments {
-    pub(super) fn of(&self, page: u64) -> u64 {
-        let threads = self.by_thread.len() as u64;
-        u64::from(self.by_thread[(page % threads) as usize][(page / threads) as usize])
+impl Prepared {
+    pub(super) fn new(args: &Args, plan: &Plan, bytes: u64) -> anyhow::Result<Self> {
+        match plan.kind {
+            Kind::Threads => {
+                let region = Region::new(&RegionConfig::new(bytes, plan.backing.backing()))?;
+                let pattern = Pattern { seed: args.seed };
+                Ok(Self::Threads { region: Arc::new(region), pattern })
+            }
+            Kind::Kvm(setup) => {
+                machine::build(args, setup, plan.backing.page_size(), bytes).map(Self::Kvm)
+            }
+        }
     }
+
+    pub(super) fn layout(&self) -> anyhow::Result<Layout> {
+        match self {
+            Self::Threads { region, .. } => Ok(Layout::new(vec![Arc::clone(region)])?),
+            Self::Kvm(vm) => Ok(vm.layout()),
+        }
+    }
+
+    /// What the source is to serve.
+    pub(super) fn contents(&self) -> Contents {
+        match self {
+            Self::Threads { pattern, .. } => Contents::Seeded(*pattern),
+            Self::Kvm(_) => Contents::OfAddresses,
+        }
+    }
+
+    /// The engine for this guest, but for what is the same with every guest.
+    pub(super) fn pager(&self, args: &Args) -> anyhow::Result<Builder> {
+        match (self, args.install.method()) {
+            (Self::Threads { .. }, method) => Ok(Pager::builder(self.layout()?).install(method)),
+            (Self::Kvm(vm), None) => Ok(vm.pager()),
+            (Self::Kvm(vm), method) => Ok(vm.pager().install(method)),
+        }
+    }
+
+    pub(super) fn start(&self, args: &Args, pager: &Arc<Pager>) -> anyhow::Result<Guest> {
+        match self {
+            Self::Threads { region, pattern } => {
+                let threads = u64::from(args.threads.get());
+                // Twice as many accesses as there are pages, by all threads together.
+                let touches = (2 * region.len() / PAGE).div_ceil(threads);
+                let guest = Threads::start(region, *pattern, args.workload, threads, touches)
+                    .context("starting the guest's threads")?;
+                Ok(Guest::Threads(guest))
+            }
+            Self::Kvm(vm) => Machine::start(vm, pager).map(Guest::Kvm),
+        }
+    }
+
+    /// What is to be verified after a run.
+    pub(super) fn subject(&self, left: Left, pager: &Arc<Pager>) -> anyhow::Result<Subject> {
+        let layout = self.layout()?;
+        Ok(match self {
+            Self::Threads { .. } => Subject { layout, left, vm: None, ask: None },
+            Self::Kvm(vm) => {
+                let own_view = vm.config().setup == Setup::MinorOwnView;
+                let ask = match pager.chosen().delivery {
+                    // Somebody reads the queue of the view in which pages are read.
+                    Delivery::Hybrid(_) if own_view => None,
+                    delivery => delivery.exits().then(|| Arc::clone(pager)),
+                };
+                Subject { layout, left, vm: Some(Arc::clone(vm)), ask }
+            }
+        })
+    }
+}
+
+/// A guest that runs. Dropping it stops it.
+#[derive(Debug)]
+pub(super) enum Guest {
+    Threads(Threads),
+    Kvm(Machine),
+}
+
+/// What a guest saw and did.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) accesses: u64,
+    /// Accesses that wrote, if the guest counts them.
+    pub(super) writes: Option<u64>,
+    /// Reads that found what should not be there.
+    pub(super) wrong: u64,
+    /// How long accesses to granules took that were not there before, if the guest can tell those.
+    pub(super) latency: Option<Box<Histogram>>,
+    /// What it made of the memory.
+    pub(super) left: Left,
+    /// Of each vCPU, if it has any.
+    pub(super) vcpus: Option<Vec<VcpuReport>>,
+}
+
+/// What a guest made of the memory.
+#[derive(Clone, Debug)]
+pub(super) enum Left {
+    /// The last word of each page was counted up so often.
+    Counted(Increments),
+    /// Some words were turned into others, the difference (xor) being this; [`pageferry_vmm::Vm`]
+    /// knows which.
+    Turned(u64),
 }
 
 impl Guest {
-    /// Starts `threads` threads, each making `touches` accesses at the most.
-    pub(super) fn start(
-        region: &Arc<Region>,
-        pattern: Pattern,
-        workload: Workload,
-        threads: u64,
-        touches: u64,
-    ) -> std::io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let done = Arc::new(AtomicU64::new(0));
-        let threads = (0..threads)
-            .map(|thread| {
-                let vcpu = Vcpu {
-                    region: Arc::clone(region),
-                    pattern,
-                    thread,
-                    threads,
-                    pages: region.len() / PAGE,
-                    stop: Arc::clone(&stop),
-                };
-                let done = Arc::clone(&done);
-                std::thread::Builder::new()
-                    .name(format!("guest-{thread}"))
-                    .spawn(move || vcpu.run(workload, touches, &done))
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Self { threads, stop, touches: done })
-    }
-
     /// Accesses made so far.
     pub(super) fn touches(&self) -> u64 {
-        self.touches.load(Relaxed)
+        match self {
+            Self::Threads(threads) => threads.touches(),
+            Self::Kvm(machine) => machine.touches(),
+        }
     }
 
     pub(super) fn is_finished(&self) -> bool {
-        self.threads.iter().all(JoinHandle::is_finished)
-    }
-
-    /// Asks the threads to end after their current access.
-    pub(super) fn stop(&self) {
-        self.stop.store(true, Relaxed);
-    }
-
-    /// Waits for the threads and adds up what they saw.
-    pub(super) fn join(self) -> anyhow::Result<(Seen, Increments)> {
-        let mut total = Seen {
-            latency: Histogram::new(),
-            touches: 0,
-            writes: 0,
-            wrong: 0,
-            increments: Vec::new(),
-        };
-        let mut by_thread = Vec::new();
-        for thread in self.threads {
-            let Ok(seen) = thread.join() else { anyhow::bail!("a guest thread panicked") };
-            total.latency.merge(&seen.latency);
-            total.touches += seen.touches;
-            total.writes += seen.writes;
-            total.wrong += seen.wrong;
-            by_thread.push(seen.increments);
-        }
-        Ok((total, Increments { by_thread }))
-    }
-}
-
-struct Vcpu {
-    region: Arc<Region>,
-    pattern: Pattern,
-    thread: u64,
-    threads: u64,
-    pages: u64,
-    stop: Arc<AtomicBool>,
-}
-
-impl Vcpu {
-    fn run(&self, workload: Workload, touches: u64, done: &AtomicU64) -> Seen {
-        let owned = self.pages.div_ceil(self.threads) as usize;
-        let mut seen = Seen {
-            latency: Histogram::new(),
-            touches: 0,
-            writes: 0,
-            wrong: 0,
-            increments: vec![0; owned],
-        };
-        let mut random = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(self.thread + 1) | 1;
-        // Each thread's stream begins in its own part of the memory.
-        let mut stream = self.pages * self.thread / self.threads;
-        while seen.touches < touches && !self.stop.load(Relaxed) {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            let sequential = match workload {
-                Workload::Sequential => true,
-                Workload::Mixed => random & 1 == 0,
-                Workload::Random | Workload::Zipf => false,
-            };
-            let page = if sequential {
-                stream = (stream + 1) % self.pages;
-                stream
-            } else if workload == Workload::Zipf {
-                self.zipf(random)
-            } else {
-                (random >> 8) % self.pages
-            };
-            self.touch(page, random, &mut seen);
-            seen.touches += 1;
-            if seen.touches.is_multiple_of(256) {
-                done.fetch_add(256, Relaxed);
-            }
-        }
-        seen
-    }
-
-    /// A page whose rank is distributed as 1/rank, ranks being scattered over the memory.
-    fn zipf(&self, random: u64) -> u64 {
-        let uniform = (random >> 11) as f64 / (1u64 << 53) as f64;
-        let rank = ((self.pages as f64).powf(uniform) as u64).min(self.pages - 1);
-        rank.wrapping_mul(0x9e37_79b9_7f4a_7c15) % self.pages
-    }
-
-    /// Reads a page, and writes it if it is this thread's to write and the dice say so.
-    fn touch(&self, page: u64, random: u64, seen: &mut Seen) {
-        let granule = GranuleIndex::new(page * PAGE / self.region.granule().bytes());
-        let absent = self.region.page_map().state(granule) != State::Present;
-        let word = (random >> 40) % WRITTEN;
-        let started = Instant::now();
-        let value = self.read(page, word);
-        if absent {
-            seen.latency.record(started.elapsed());
-        }
-        seen.wrong += u64::from(value != self.pattern.word(page, word));
-        if page % self.threads == self.thread && random & 6 == 0 {
-            let index = (page / self.threads) as usize;
-            let before = self.read(page, WRITTEN);
-            let expected =
-                self.pattern.word(page, WRITTEN).wrapping_add(seen.increments[index].into());
-            seen.wrong += u64::from(before != expected);
-            self.write(page, WRITTEN, before.wrapping_add(1));
-            seen.increments[index] += 1;
-            seen.writes += 1;
+        match self {
+            Self::Threads(threads) => threads.is_finished(),
+            Self::Kvm(machine) => machine.is_finished(),
         }
     }
 
-    fn at(&self, page: u64, word: u64) -> *mut u64 {
-        assert!(page < self.pages && word < WORDS);
-        self.region.guest_view().as_ptr().wrapping_add((page * PAGE + word * 8) as usize).cast()
-    }
-
-    fn read(&self, page: u64, word: u64) -> u64 {
-        // SAFETY: `at` checks that the word lies in the region, which `self.region` keeps mapped;
-        // it is aligned, and no reference to guest memory exists.
-        u64::from_le(unsafe { self.at(page, word).read_volatile() })
-    }
-
-    fn write(&self, page: u64, word: u64, value: u64) {
-        // SAFETY: as in `read`. Only the page's owner writes it, and nobody else reads this word.
-        unsafe { self.at(page, word).write_volatile(value.to_le()) }
+    /// Waits for its end and asks what it saw.
+    pub(super) fn join(self) -> anyhow::Result<Seen> {
+        match self {
+            Self::Threads(threads) => threads.join(),
+            Self::Kvm(machine) => machine.join(),
+        }
     }
 }

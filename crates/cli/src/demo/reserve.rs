@@ -5,10 +5,15 @@ use std::{
     io,
 };
 
+use anyhow::Context as _;
 use pageferry::memory::{HugePagePool, PageSize};
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{FlockOperation, flock},
+    io::{Errno, retry_on_intr},
+};
 
-use crate::exit::Failure;
+use crate::{Context, exit::Failure};
 
 /// Pages added to a pool; taken out again on drop.
 #[derive(Debug)]
@@ -21,15 +26,19 @@ pub(super) struct Reserved {
 
 impl Reserved {
     /// Makes sure that `needed` pages of `size` are available, reserving what lacks.
-    pub(super) fn new(size: PageSize, needed: u64) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    /// When there are not so many to be had, or a signal comes while others of us reserve theirs.
+    pub(super) fn new(size: PageSize, needed: u64, context: &Context) -> anyhow::Result<Self> {
         let control = HugePagePool::control_file(size);
         let lacking = |why: String| {
             Failure::missing(format!(
                 "{needed} huge pages of {size} are needed, {why}; as root: echo N > {control}"
             ))
         };
-        let lock = lock(&control)
+        let file = File::open(&control)
             .map_err(|error| lacking(format!("and this kernel has none of that size ({error})")))?;
+        let lock = lock_unless_stopped(file, context)?;
         let mut reserved = Self { size, added: 0, lock: Some(lock) };
         let pool = HugePagePool::read(size)?;
         let Some(more) = needed.checked_sub(pool.available()).filter(|&more| more > 0) else {
@@ -61,6 +70,23 @@ impl Reserved {
         };
         let total = HugePagePool::read(self.size)?.total;
         fs::write(control, total.saturating_sub(self.added).to_string())
+    }
+}
+
+/// How often a lock that somebody else has is tried.
+const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+
+/// As [`lock`], but for a signal that asks to stop.
+fn lock_unless_stopped(file: File, context: &Context) -> anyhow::Result<File> {
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::WOULDBLOCK | Errno::INTR) => {}
+            Err(error) => return Err(error).context("locking the pool of huge pages"),
+        }
+        context.stop_if_asked()?;
+        let mut fds = [PollFd::new(&context.signals, PollFlags::IN)];
+        retry_on_intr(|| poll(&mut fds, Some(&TICK))).context("waiting for huge pages")?;
     }
 }
 

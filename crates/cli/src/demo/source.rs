@@ -1,15 +1,17 @@
 //! The other process: it holds the memory and serves it.
 
 use std::{
+    fmt,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     process::{Child, Command, ExitStatus, Stdio},
+    str::FromStr,
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context as _;
 use pageferry::{
-    memory::{Backing, Layout, PageSize, Region, RegionConfig},
+    memory::{Backing, GuestAddress, Layout, PageSize, Region, RegionConfig},
     migrate::{Endpoint, MemoryStore, PageServer, ServerOptions},
 };
 use rustix::{
@@ -18,7 +20,7 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
-use super::pattern::Pattern;
+use super::pattern::{Contents, PAGE};
 use crate::{
     Context,
     exit::{Exit, Failure},
@@ -27,14 +29,38 @@ use crate::{
 /// Serves a patterned memory to `pageferry demo`
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    #[arg(long)]
-    bytes: u64,
+    /// Each region: where the guest has it, and how long it is
+    #[arg(long, required = true)]
+    region: Vec<WireRegion>,
     #[arg(long)]
     granule: u64,
     #[arg(long)]
-    seed: u64,
+    contents: Contents,
     #[arg(long)]
     delay_us: u64,
+}
+
+/// A region, as one process tells the other of it.
+#[derive(Copy, Clone, Debug)]
+struct WireRegion {
+    base: u64,
+    bytes: u64,
+}
+
+impl fmt::Display for WireRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{}", self.base, self.bytes)
+    }
+}
+
+impl FromStr for WireRegion {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (base, bytes) = text.split_once('+').ok_or("not BASE+BYTES")?;
+        let number = |text: &str| text.parse().map_err(|error| format!("{text}: {error}"));
+        Ok(Self { base: number(base)?, bytes: number(bytes)? })
+    }
 }
 
 /// What the source says once it serves, in front of its address.
@@ -43,11 +69,17 @@ const READY: &str = "serving ";
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     // However the destination ends, this process does not outlive it, not even stopped.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    let mut config = RegionConfig::new(args.bytes, Backing::Anonymous);
-    config.granule = PageSize::try_new(args.granule);
-    let region = Region::new(&config)?;
-    Pattern { seed: args.seed }.fill(region.guest_view())?;
-    let layout = Arc::new(Layout::new(vec![Arc::new(region)])?);
+    let mut regions = Vec::new();
+    for WireRegion { base, bytes } in &args.region {
+        let mut config = RegionConfig::new(*bytes, Backing::Anonymous);
+        config.guest_base = GuestAddress::new(*base);
+        config.granule = PageSize::try_new(args.granule);
+        regions.push(Arc::new(Region::new(&config)?));
+    }
+    for region in &regions {
+        args.contents.fill(region)?;
+    }
+    let layout = Arc::new(Layout::new(regions)?);
     let mut options = ServerOptions::default();
     options.delay = Duration::from_micros(args.delay_us);
     let endpoint: Endpoint = "127.0.0.1:0".parse()?;
@@ -73,6 +105,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     Ok(Exit::Success)
 }
 
+/// The granule of the memory, of which all regions have the same.
+pub(super) fn granule_of(layout: &Layout) -> u64 {
+    layout.iter().map(|(_, region)| region.granule().bytes()).max().unwrap_or(PAGE)
+}
+
 /// How long a source that is not needed any more may take to end by itself.
 const LEAVING: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
@@ -85,18 +122,21 @@ pub(super) struct Source {
 impl Source {
     /// Starts it and waits until it serves.
     pub(super) fn start(
-        bytes: u64,
-        granule: u64,
-        pattern: Pattern,
+        layout: &Layout,
+        contents: Contents,
         delay: Duration,
         context: &Context,
     ) -> anyhow::Result<Self> {
         let myself = std::env::current_exe().context("finding this program to start the source")?;
-        let child = Command::new(&myself)
-            .arg("demo-source")
-            .args(["--bytes", &bytes.to_string()])
-            .args(["--granule", &granule.to_string()])
-            .args(["--seed", &pattern.seed.to_string()])
+        let mut command = Command::new(&myself);
+        command.arg("demo-source");
+        for (_, region) in layout.iter() {
+            let region = WireRegion { base: region.guest_base().get(), bytes: region.len() };
+            command.args(["--region", &region.to_string()]);
+        }
+        let child = command
+            .args(["--granule", &granule_of(layout).to_string()])
+            .args(["--contents", &contents.to_string()])
             .args(["--delay-us", &delay.as_micros().to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -123,23 +123,62 @@ fn chosen(file: &str) -> io::Result<String> {
 }
 
 fn transparent_anonymous() -> Finding {
-    let (id, what) = ("thp-anon", "transparent huge pages, anonymous");
-    let mode = chosen("enabled");
+    transparent(&Transparent {
+        id: "thp-anon",
+        what: "transparent huge pages, anonymous",
+        setting: "enabled",
+        off: &["never"],
+        costs: "memory stays in 4 KiB pages after it has arrived, unless it is collapsed",
+        ask_for: "madvise",
+        kind: MapFlags::PRIVATE,
+        field: "AnonHugePages:",
+    })
+}
+
+fn transparent_shmem() -> Finding {
+    transparent(&Transparent {
+        id: "thp-shmem",
+        what: "transparent huge pages, shared memory",
+        setting: "shmem_enabled",
+        off: &["never", "deny"],
+        costs: "memfd memory stays in 4 KiB pages after it has arrived",
+        ask_for: "advise",
+        kind: MapFlags::SHARED,
+        field: "ShmemPmdMapped:",
+    })
+}
+
+/// A kind of memory that may consist of huge pages without reserving them
+/// (Documentation/admin-guide/mm/transhuge.rst).
+struct Transparent {
+    id: &'static str,
+    what: &'static str,
+    /// The file with the setting.
+    setting: &'static str,
+    /// What it is set to where there are none.
+    off: &'static [&'static str],
+    costs: &'static str,
+    /// What it can be set to, to have some.
+    ask_for: &'static str,
+    kind: MapFlags,
+    /// The line of smaps that counts them.
+    field: &'static str,
+}
+
+fn transparent(kind: &Transparent) -> Finding {
+    let &Transparent { id, what, setting: file, .. } = kind;
+    let mode = chosen(file);
     let setting = match &mode {
         Ok(mode) => format!("set to {mode}"),
-        Err(error) => format!("{THP}/enabled: {error}"),
+        Err(error) => format!("{THP}/{file}: {error}"),
     };
-    let missing = |why: String| {
-        Finding::missing(GROUP, id, what, why)
-            .costs("memory stays in 4 KiB pages after it has arrived, unless it is collapsed")
-            .remedy(format!("as root: echo madvise > {THP}/enabled"))
-    };
-    match mode {
-        Ok(mode) if mode != "never" => {}
-        _ => return missing(setting),
-    }
-    match huge_page_appears() {
+    let off = mode.as_ref().map_or(true, |mode| kind.off.contains(&mode.as_str()));
+    match huge_page_appears(kind) {
+        // Also where the setting for all sizes says no: one for this size may say yes.
         Ok(true) => Finding::works(GROUP, id, what).detail(setting),
+        _ if off => Finding::missing(GROUP, id, what, setting)
+            .costs(kind.costs)
+            .remedy(format!("as root: echo {} > {THP}/{file}", kind.ask_for)),
         // The kernel may be short of contiguous memory just now.
         Ok(false) => Finding::untested(GROUP, id, what, format!("{setting}; got small pages")),
         Err(error) => Finding::untested(GROUP, id, what, format!("{setting}; {error}")),
@@ -147,11 +186,10 @@ fn transparent_anonymous() -> Finding {
 }
 
 /// Asks for a huge page, touches it, and looks whether it is one.
-fn huge_page_appears() -> io::Result<bool> {
+fn huge_page_appears(kind: &Transparent) -> io::Result<bool> {
     let trial = Trial::new(2 * HUGE, MapFlags::PRIVATE)?;
-    // SAFETY: the trial's own memory, in which nothing is stored yet.
-    unsafe { madvise(trial.start, trial.len, Advice::LinuxHugepage)? };
     let inside = (trial.start as usize).next_multiple_of(HUGE) - trial.start as usize;
+    trial.replace(inside, HUGE, kind.kind)?;
     trial.touch(inside);
     let maps = fs::read_to_string("/proc/self/smaps")?;
     let page = trial.start as usize + inside;
@@ -162,22 +200,9 @@ fn huge_page_appears() -> io::Result<bool> {
     };
     let mut lines = maps.lines();
     lines.by_ref().find(header);
-    let huge = lines.find_map(|line| line.strip_prefix("AnonHugePages:"));
+    let huge = lines.find_map(|line| line.strip_prefix(kind.field));
     let kib = huge.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     Ok(kib.unwrap_or(0) > 0)
-}
-
-fn transparent_shmem() -> Finding {
-    let (id, what) = ("thp-shmem", "transparent huge pages, shared memory");
-    match chosen("shmem_enabled") {
-        Ok(mode) if mode == "never" || mode == "deny" => {
-            Finding::missing(GROUP, id, what, format!("set to {mode}"))
-                .costs("memfd memory stays in 4 KiB pages after it has arrived")
-                .remedy(format!("as root: echo advise > {THP}/shmem_enabled"))
-        }
-        Ok(mode) => Finding::fact(GROUP, id, what, format!("set to {mode}")),
-        Err(error) => Finding::untested(GROUP, id, what, format!("{THP}/shmem_enabled: {error}")),
-    }
 }
 
 /// Private memory to try something on.
@@ -192,6 +217,20 @@ impl Trial {
         // SAFETY: a null hint makes a mapping of its own, which overlaps nothing.
         let start = unsafe { mmap_anonymous(ptr::null_mut(), len, protection, flags)? };
         Ok(Self { start, len })
+    }
+
+    /// Maps fresh memory of another kind in the place of a part, for which huge pages are welcome.
+    fn replace(&self, offset: usize, len: usize, flags: MapFlags) -> io::Result<()> {
+        assert!(offset + len <= self.len, "{offset:#x}+{len:#x} lies within {:#x}", self.len);
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the part is this value's own, to which no reference exists; it is unmapped with
+        // the rest.
+        unsafe {
+            let start = self.start.byte_add(offset);
+            mmap_anonymous(start, len, protection, flags | MapFlags::FIXED)?;
+            madvise(start, len, Advice::LinuxHugepage)?;
+        }
+        Ok(())
     }
 
     fn touch(&self, offset: usize) {

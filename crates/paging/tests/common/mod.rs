@@ -6,8 +6,8 @@ mod ledger;
 
 pub use ledger::{Answers, Ledger, Loss};
 pub use pageferry_testing::{
-    HUGE, PATIENCE, REGION, Random, Watch, child, fill_pattern, huge_pages, layout, peek, poke,
-    shuffled, userfaultfd, verify_all, wait_for, watch, word,
+    HUGE, PATIENCE, REGION, Random, Watch, child, features, fill_pattern, huge_pages, layout, peek,
+    poke, shuffled, userfaultfd, verify_all, wait_for, watch, word,
 };
 
 use std::{
@@ -21,8 +21,10 @@ use std::{
 
 use pageferry_memory::{GranuleIndex, GranuleRange, Layout};
 use pageferry_paging::{
-    Completion, Delivery, PageSink, PageSource, Pager, SinkError, SourceError, Span, Urgency,
+    Completion, Delivery, InstallMethod, PageSink, PageSource, Pager, SinkError, SourceError, Span,
+    Urgency,
 };
+use pageferry_uffd::Features;
 
 pub const DELIVERIES: [Delivery; 6] = [
     Delivery::Queue,
@@ -234,6 +236,16 @@ pub fn span(first: u64, count: u64) -> Span {
 
 pub fn with_pager<R>(pager: &Pager, use_it: impl FnOnce(&Layout) -> R) -> R {
     use_it(pager.layout())
+}
+
+/// Whether the kernel has what this install takes; says so if not.
+pub fn available(install: InstallMethod) -> bool {
+    install != InstallMethod::Move || features(Features::MOVE)
+}
+
+/// Whether the kernel can make memory an error; says so if not.
+pub fn poison() -> bool {
+    features(Features::POISON)
 }
 
 /// A delivery by its name, as printed.

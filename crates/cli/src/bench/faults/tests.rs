@@ -24,14 +24,6 @@ fn series(walls_us: &[u64]) -> Series {
 }
 
 #[test]
-fn medians() {
-    for (values, middle) in [(vec![3.0], 3.0), (vec![5.0, 1.0, 3.0], 3.0), (vec![4.0, 1.0], 2.5)] {
-        assert_eq!(median(values), middle);
-    }
-    assert!(median(Vec::new()).is_nan());
-}
-
-#[test]
 fn ratios_are_within_rounds() {
     // Twice as fast in every round, while the machine slows down tenfold in between.
     let (fast, slow) = (series(&[10, 100, 1000]), series(&[20, 200, 2000]));

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context as _;
 use rustix::thread::futex;
 
-use super::{Loop, queue, sys};
+use super::{Installer, Loop, queue, sys};
 use crate::bench::case::Measurement;
 
 /// What a message's worker is chosen by.
@@ -82,7 +82,7 @@ impl Ring {
 
 /// Serves `uffd` with one reader and `workers` workers while `guest` runs.
 pub(super) fn serve(
-    shared: &Loop,
+    shared: &Loop<Installer>,
     uffd: RawFd,
     workers: usize,
     batch: usize,

@@ -5,20 +5,19 @@ use std::os::fd::{AsRawFd as _, RawFd};
 use anyhow::Context as _;
 
 use super::{
-    Loop,
+    Install, Loop,
     sys::{self, Messages},
 };
-use crate::bench::case::Measurement;
 
 /// Serves every userfaultfd of `uffds` with `readers` threads, each taking at most `batch`
 /// messages a read, while `guest` runs.
-pub(super) fn serve(
-    shared: &Loop,
+pub(in crate::bench) fn serve<I: Install, T>(
+    shared: &Loop<I>,
     uffds: &[RawFd],
     readers: usize,
     batch: usize,
-    guest: impl FnOnce() -> anyhow::Result<Measurement>,
-) -> anyhow::Result<Measurement> {
+    guest: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     std::thread::scope(|scope| {
         for &uffd in uffds {
             for _ in 0..readers {
@@ -36,8 +35,8 @@ pub(super) fn serve(
 /// Polls and reads `uffd` until the loop is stopped, and hands each message to `handle`.
 ///
 /// After a read that did not fill the buffer the queue was empty, so the next call is poll(2).
-pub(super) fn each_fault(
-    shared: &Loop,
+pub(super) fn each_fault<I: Install>(
+    shared: &Loop<I>,
     uffd: RawFd,
     batch: usize,
     mut handle: impl FnMut(sys::Message),

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::bail;
 
-use super::{Installer, Loop};
+use super::{Install as _, Installer, Loop, sys::Range};
 use crate::bench::case::{Measurement, PAGE};
 
 /// What the handler works on: a signal handler has no argument of its own.
@@ -74,14 +74,15 @@ fn die(number: libc::c_int) {
 
 /// Serves `uffd`, which has UFFD_FEATURE_SIGBUS, by a SIGBUS handler while `guest` runs.
 pub(super) fn serve(
-    shared: &Loop,
+    shared: &Loop<Installer>,
+    memory: Range,
     uffd: RawFd,
     guest: impl FnOnce() -> anyhow::Result<Measurement>,
 ) -> anyhow::Result<Measurement> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     TARGET.uffd.store(uffd, Ordering::Relaxed);
-    TARGET.start.store(shared.memory.start, Ordering::Relaxed);
-    TARGET.len.store(shared.memory.len, Ordering::Relaxed);
+    TARGET.start.store(memory.start, Ordering::Relaxed);
+    TARGET.len.store(memory.len, Ordering::Relaxed);
     TARGET.page.store(shared.installer.page.cast_mut(), Ordering::Relaxed);
     TARGET.to_alias.store(shared.installer.to_alias.unwrap_or(0), Ordering::Relaxed);
     // SAFETY: an all-zero sigaction is a valid value of that type.

@@ -8,7 +8,7 @@ use std::{
 use linux_raw_sys::{
     general::{
         UFFD_API, UFFD_USER_MODE_ONLY, UFFDIO_COPY_MODE_DONTWAKE, uffd_msg, uffdio_api,
-        uffdio_continue, uffdio_copy, uffdio_range, uffdio_register,
+        uffdio_continue, uffdio_copy, uffdio_poison, uffdio_range, uffdio_register,
     },
     ioctl::{
         UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE,
@@ -17,6 +17,8 @@ use linux_raw_sys::{
 
 /// `_IO(0xAA, 0)`: opens a userfaultfd on `/dev/userfaultfd`.
 const USERFAULTFD_IOC_NEW: u32 = 0xaa00;
+/// `_IOWR(0xAA, 8, struct uffdio_poison)`.
+const UFFDIO_POISON: u32 = 0xc000_aa08 | (size_of::<uffdio_poison>() as u32) << 16;
 /// `UFFDIO_CONTINUE_MODE_DONTWAKE`.
 const CONTINUE_MODE_DONTWAKE: u64 = 1;
 
@@ -24,9 +26,9 @@ const OPEN_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
 
 /// A range of registered memory, in bytes.
 #[derive(Copy, Clone, Debug)]
-pub(super) struct Range {
-    pub(super) start: u64,
-    pub(super) len: u64,
+pub(in crate::bench) struct Range {
+    pub(in crate::bench) start: u64,
+    pub(in crate::bench) len: u64,
 }
 
 impl Range {
@@ -42,6 +44,15 @@ pub(super) fn open(features: u64) -> io::Result<OwnedFd> {
         // The guest's touches are made in user mode, so nothing is lost.
         open_syscall(UFFD_USER_MODE_ONLY as libc::c_int)
     })?;
+    enable(uffd, features)
+}
+
+/// The same for a guest of KVM, whose faults are the kernel's: never user-mode-only.
+pub(in crate::bench) fn open_for_kernel(features: u64) -> io::Result<OwnedFd> {
+    enable(open_device().or_else(|_| open_syscall(0))?, features)
+}
+
+fn enable(uffd: OwnedFd, features: u64) -> io::Result<OwnedFd> {
     let mut api = uffdio_api { api: u64::from(UFFD_API), features, ioctls: 0 };
     // SAFETY: UFFDIO_API takes a `uffdio_api`.
     unsafe { ioctl(uffd.as_raw_fd(), UFFDIO_API, &mut api)? };
@@ -78,7 +89,7 @@ unsafe fn ioctl<T>(fd: RawFd, request: u32, argument: &mut T) -> io::Result<()> 
 }
 
 /// Registers `range`, in `UFFDIO_REGISTER_MODE_*` mode.
-pub(super) fn register(uffd: RawFd, range: Range, mode: u64) -> io::Result<()> {
+pub(in crate::bench) fn register(uffd: RawFd, range: Range, mode: u64) -> io::Result<()> {
     let mut argument = uffdio_register { range: range.raw(), mode, ioctls: 0 };
     // SAFETY: UFFDIO_REGISTER takes a `uffdio_register`; it changes how faults are served, not
     // what is mapped.
@@ -89,6 +100,25 @@ pub(super) fn register(uffd: RawFd, range: Range, mode: u64) -> io::Result<()> {
 pub(super) fn unregister(uffd: RawFd, range: Range) -> io::Result<()> {
     // SAFETY: UFFDIO_UNREGISTER takes a `uffdio_range`.
     unsafe { ioctl(uffd, UFFDIO_UNREGISTER, &mut range.raw()) }
+}
+
+/// Marks `range`, which is absent: whoever touches it gets SIGBUS, until something is installed there.
+pub(in crate::bench) fn poison(uffd: RawFd, range: Range) -> io::Result<()> {
+    let Range { mut start, len } = range;
+    let end = start + len;
+    while start < end {
+        let rest = uffdio_range { start, len: end - start };
+        let mut argument = uffdio_poison { range: rest, mode: 0, updated: 0 };
+        // SAFETY: UFFDIO_POISON takes a `uffdio_poison`; it changes only what is absent.
+        match unsafe { ioctl(uffd, UFFDIO_POISON, &mut argument) } {
+            Ok(()) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                start += argument.updated.max(0) as u64;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Runs an install until it is done. Returns 0 or an errno.
@@ -137,7 +167,13 @@ fn errno() -> i32 {
 /// # Safety
 /// `src` is readable for `len` bytes, and `dst` lies in memory registered with `uffd`.
 #[inline]
-pub(super) unsafe fn copy(uffd: RawFd, dst: u64, src: *const u8, len: u64, wake: bool) -> i32 {
+pub(in crate::bench) unsafe fn copy(
+    uffd: RawFd,
+    dst: u64,
+    src: *const u8,
+    len: u64,
+    wake: bool,
+) -> i32 {
     let mode = if wake { 0 } else { u64::from(UFFDIO_COPY_MODE_DONTWAKE) };
     let mut argument = uffdio_copy { dst, src: src as u64, len, mode, copy: 0 };
     let page = uffdio_range { start: dst, len };
@@ -150,7 +186,7 @@ pub(super) unsafe fn copy(uffd: RawFd, dst: u64, src: *const u8, len: u64, wake:
 /// # Safety
 /// `start` lies in memory registered with `uffd`.
 #[inline]
-pub(super) unsafe fn make_present(uffd: RawFd, start: u64, len: u64, wake: bool) -> i32 {
+pub(in crate::bench) unsafe fn make_present(uffd: RawFd, start: u64, len: u64, wake: bool) -> i32 {
     let range = uffdio_range { start, len };
     let mode = if wake { 0 } else { CONTINUE_MODE_DONTWAKE };
     let mut argument = uffdio_continue { range, mode, mapped: 0 };
@@ -216,7 +252,7 @@ pub(super) fn wait(uffd: RawFd, stop: RawFd) -> Result<bool, i32> {
 }
 
 /// Makes `stop`, an eventfd, readable for good.
-pub(super) fn raise(stop: RawFd) -> io::Result<()> {
+pub(in crate::bench) fn raise(stop: RawFd) -> io::Result<()> {
     let one = 1u64.to_ne_bytes();
     // SAFETY: `one` is 8 readable bytes.
     match unsafe { libc::write(stop, one.as_ptr().cast(), one.len()) } {

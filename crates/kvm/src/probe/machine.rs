@@ -168,7 +168,7 @@ impl Machine {
     /// Runs until something happens. Only on a thread of [`on_a_thread`].
     pub(super) fn run(&mut self) -> Result<Ran, String> {
         Ok(match self.vcpu.run() {
-            Ok(VcpuExit::IoOut(port, &[byte])) if port == PORT.into() => Ran::Out(byte),
+            Ok(VcpuExit::IoOut(port, &[byte])) if port == u16::from(PORT) => Ran::Out(byte),
             Ok(VcpuExit::Hlt) => Ran::Halt,
             Ok(VcpuExit::Shutdown) => Ran::Shutdown,
             Ok(other) => Ran::Other(format!("{other:?}")),

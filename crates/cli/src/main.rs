@@ -7,6 +7,7 @@ mod demo;
 mod doctor;
 mod exit;
 mod output;
+mod room;
 mod serve;
 #[allow(unsafe_code)]
 mod signals;
@@ -51,6 +52,8 @@ enum Command {
     Bench(bench::Args),
     #[command(hide = true)]
     DemoSource(demo::source::Args),
+    #[command(hide = true)]
+    DemoKeeper(demo::reserve::Args),
 }
 
 /// What every command is given.
@@ -77,6 +80,7 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
         Command::Serve(args) => serve::run(args, context),
         Command::Bench(args) => bench::run(args, context),
         Command::DemoSource(args) => demo::source::run(args, context),
+        Command::DemoKeeper(args) => demo::reserve::keep(args),
     }
 }
 

@@ -449,11 +449,24 @@ fn without_any_userfaultfd_it_is_3_and_says_what_to_do() {
 
 #[test]
 fn huge_pages_that_cannot_be_had_are_3_and_the_text_says_how_to_get_them() {
-    // More than any host has, so that nobody who changes the pool meanwhile makes a difference.
+    // More than tests reserve, so that who changes the pool meanwhile makes no difference.
     let nobody = ForNobody::new();
-    let args = words("--json demo --backing hugetlb-2m --memory 16TiB");
+    let args = words("--json demo --backing hugetlb-2m --memory 2GiB");
     let output = run(&mut nobody.command(args));
     expect_code(&output, 3);
     let error = json(&output)["error"].as_str().expect("text").to_owned();
     assert!(error.contains("as root: echo N > /sys/kernel/mm/hugepages/"), "{error}");
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_refused_before_anything_is_done() {
+    for args in ["--memory 16TiB", "--memory 16TiB --backing hugetlb-2m", "--memory 4096TiB"] {
+        let output = run(&mut pageferry(words(&format!("--json demo {args}"))));
+        expect_code(&output, 3);
+        let error = json(&output)["error"].as_str().expect("text").to_owned();
+        assert!(error.contains("this host has"), "{error}");
+    }
+    for args in ["--memory 0", "--threads 65535", "--threads 0"] {
+        expect_code(&run(&mut pageferry(words(&format!("demo {args}")))), 2);
+    }
 }

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use self::report::{Report, Row};
 use super::{
-    case::{Access, Backing, Case, Contender, Delivery, Kind, Measurement, Order},
+    case::{Access, Backing, Case, Contender, Delivery, Kind, Measurement, Order, PAGE},
     engine::{Engine, Setup},
     histogram::Histogram,
     median::median,
@@ -20,6 +20,7 @@ use super::{
 use crate::{
     Context,
     exit::{self, Exit, Failure},
+    room,
 };
 
 const EXAMPLES: &str = "\
@@ -226,6 +227,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     for setup in &args.engine {
         engines.push(Box::new(Engine::new(*setup)));
     }
+    room::check((args.pages as u64).saturating_mul(PAGE as u64), "the memory of one measurement")?;
     let groups = args.groups()?;
     let rounds = args.rounds.get();
     let cases: usize = groups.iter().map(|group| group.cases.len()).sum();

@@ -34,10 +34,10 @@ options are for threads only; the report says which, and why.";
 #[command(after_help = exit::help(EXAMPLES))]
 pub(crate) struct Args {
     /// Memory of the guest
-    #[arg(long, default_value = "512MiB", value_parser = size::parse, value_name = "SIZE")]
+    #[arg(long, default_value = "512MiB", value_parser = parse_memory, value_name = "SIZE")]
     pub(super) memory: u64,
     /// Threads of the guest; the vCPUs of a KVM guest
-    #[arg(long, default_value = "4", value_name = "N")]
+    #[arg(long, default_value = "4", value_parser = parse_threads, value_name = "N")]
     pub(super) threads: NonZeroU16,
     /// What the guest is [default: kvm where that works, threads otherwise]
     #[arg(long, value_enum)]
@@ -221,6 +221,21 @@ impl BackingName {
             Self::Hugetlb2m => PageSize::SIZE_2M,
             Self::Hugetlb1g => PageSize::SIZE_1G,
         }
+    }
+}
+
+fn parse_memory(text: &str) -> Result<u64, String> {
+    match size::parse(text)? {
+        0 => Err("a guest has some memory".into()),
+        bytes => Ok(bytes),
+    }
+}
+
+fn parse_threads(text: &str) -> Result<NonZeroU16, String> {
+    match text.parse::<NonZeroU16>() {
+        Ok(threads) if threads.get() <= 4096 => Ok(threads),
+        Ok(_) => Err("4096 at most".into()),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -7,7 +7,7 @@ mod machine;
 mod pattern;
 mod plan;
 mod report;
-mod reserve;
+pub(crate) mod reserve;
 pub(crate) mod source;
 #[allow(unsafe_code)]
 mod threads;
@@ -40,7 +40,7 @@ use self::{
 use crate::{
     Context,
     exit::{Exit, Failure},
-    size,
+    room, size,
 };
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
@@ -63,6 +63,10 @@ fn migrate(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     if bytes != args.memory && !context.output.json() {
         eprintln!("--memory is rounded up to {}: whole pages of {page_size}", size::display(bytes));
     }
+    let ordinary = matches!(plan.backing, BackingName::Anon | BackingName::Memfd);
+    // The source holds it all, too.
+    let needed = bytes.saturating_mul(if ordinary { 2 } else { 1 });
+    room::check(needed, &format!("a guest of {} and its source", size::display(bytes)))?;
     let mut reserved = match plan.backing {
         BackingName::Anon | BackingName::Memfd => None,
         _ => Some(Reserved::new(page_size, bytes / page, context)?),

@@ -1,8 +1,10 @@
-//! Huge pages for the time of a run.
+//! Huge pages for the time of a run, however it ends: a process beside it, the keeper, gives them back
+//! when this one was killed before it could.
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read as _, Write as _},
+    process::{Child, Command, Stdio},
 };
 
 use anyhow::Context as _;
@@ -13,7 +15,10 @@ use rustix::{
     io::{Errno, retry_on_intr},
 };
 
-use crate::{Context, exit::Failure};
+use crate::{
+    Context,
+    exit::{Exit, Failure},
+};
 
 /// Pages added to a pool; taken out again on drop.
 #[derive(Debug)]
@@ -22,6 +27,41 @@ pub(super) struct Reserved {
     added: u64,
     /// Keeps others of us from counting on the same pages until they are mapped.
     lock: Option<File>,
+    keeper: Option<Child>,
+}
+
+/// Gives huge pages back when `pageferry demo` could not
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// In bytes.
+    #[arg(long)]
+    page_size: u64,
+    #[arg(long)]
+    pages: u64,
+}
+
+/// What is written to the keeper once there is nothing for it to do.
+const DONE: &[u8] = b".";
+
+/// Waits for the end of whoever started it, which is the end of standard input. Signals to the whole
+/// group of processes are for that one.
+pub(crate) fn keep(args: &Args) -> anyhow::Result<Exit> {
+    let mut said = Vec::new();
+    io::stdin().read_to_end(&mut said).context("waiting for the demo's end")?;
+    if said == DONE {
+        return Ok(Exit::Success);
+    }
+    let size = PageSize::try_new(args.page_size).context("no size of a page")?;
+    take_out(size, args.pages).context("giving huge pages back")?;
+    Ok(Exit::Success)
+}
+
+/// Makes the pool smaller, whoever else has changed it in between.
+fn take_out(size: PageSize, pages: u64) -> io::Result<()> {
+    let control = HugePagePool::control_file(size);
+    let _lock = lock(&control)?;
+    let total = HugePagePool::read(size)?.total;
+    fs::write(control, total.saturating_sub(pages).to_string())
 }
 
 impl Reserved {
@@ -39,7 +79,7 @@ impl Reserved {
         let file = File::open(&control)
             .map_err(|error| lacking(format!("and this kernel has none of that size ({error})")))?;
         let lock = lock_unless_stopped(file, context)?;
-        let mut reserved = Self { size, added: 0, lock: Some(lock) };
+        let mut reserved = Self { size, added: 0, lock: Some(lock), keeper: None };
         let pool = HugePagePool::read(size)?;
         let Some(more) = needed.checked_sub(pool.available()).filter(|&more| more > 0) else {
             return Ok(reserved);
@@ -48,6 +88,7 @@ impl Reserved {
             lacking(format!("{} are free, and reserving more failed: {error}", pool.available()))
         })?;
         reserved.added = more;
+        reserved.keeper = Some(start_keeper(size, more)?);
         // The kernel reserves as many as it can find, and says so only here.
         let found = HugePagePool::read(size)?.available();
         if found < needed {
@@ -60,17 +101,17 @@ impl Reserved {
     pub(super) fn mapped(&mut self) {
         self.lock = None;
     }
+}
 
-    /// What was added is taken out, whoever else has changed the pool in between.
-    fn give_back(&mut self) -> io::Result<()> {
-        let control = HugePagePool::control_file(self.size);
-        let _lock = match self.lock.take() {
-            Some(lock) => lock,
-            None => lock(&control)?,
-        };
-        let total = HugePagePool::read(self.size)?.total;
-        fs::write(control, total.saturating_sub(self.added).to_string())
-    }
+fn start_keeper(size: PageSize, pages: u64) -> anyhow::Result<Child> {
+    let myself = std::env::current_exe().context("finding this program to start the keeper")?;
+    Command::new(&myself)
+        .arg("demo-keeper")
+        .args(["--page-size", &size.bytes().to_string()])
+        .args(["--pages", &pages.to_string()])
+        .stdin(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {} to keep huge pages", myself.display()))
 }
 
 /// How often a lock that somebody else has is tried.
@@ -99,11 +140,18 @@ fn lock(control: &str) -> io::Result<File> {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
+        // It would wait for itself.
+        self.lock = None;
         if self.added > 0
-            && let Err(error) = self.give_back()
+            && let Err(error) = take_out(self.size, self.added)
         {
             let control = HugePagePool::control_file(self.size);
             eprintln!("pageferry: {} pages stay reserved in {control}: {error}", self.added);
+        }
+        if let Some(mut keeper) = self.keeper.take() {
+            // One that is gone has nothing to do either.
+            let _ = keeper.stdin.take().map(|mut stdin| stdin.write_all(DONE));
+            let _ = keeper.wait();
         }
     }
 }

@@ -5,6 +5,7 @@ use std::{ffi::c_void, fs, io, path::Path, ptr};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::finding::{Finding, Group};
+use crate::room::field_kib;
 
 const GROUP: Group = Group::Host;
 
@@ -41,12 +42,6 @@ fn memory() -> Finding {
         }
         Err(error) => Finding::untested(GROUP, "memory", what, format!("/proc/meminfo: {error}")),
     }
-}
-
-/// The number that follows `field` at the start of a line, as /proc/meminfo and smaps have it.
-fn field_kib(text: &str, field: &str) -> Option<u64> {
-    let rest = text.lines().find_map(|line| line.strip_prefix(field))?;
-    rest.split_whitespace().next()?.parse().ok()
 }
 
 /// One finding for each size the kernel has (Documentation/admin-guide/mm/hugetlbpage.rst).

@@ -211,11 +211,18 @@ impl Running {
         self.wait_until("its signal handlers", |pid| catches(pid, signal).then_some(()));
     }
 
-    /// Its one child process, once it runs the program too and handles signals.
+    /// Its source process, once it handles signals.
     #[track_caller]
     pub fn wait_child(&mut self) -> Process {
         self.wait_until("its child process", |pid| {
-            children(pid).pop().filter(|child| catches(child.pid, Signal::TERM))
+            let is_source = |child: &Process| {
+                let path = format!("/proc/{}/cmdline", child.pid.as_raw_nonzero());
+                fs::read(path)
+                    .is_ok_and(|line| line.split(|b| *b == 0).any(|w| w == b"demo-source"))
+            };
+            children(pid)
+                .into_iter()
+                .find(|child| is_source(child) && catches(child.pid, Signal::TERM))
         })
     }
 

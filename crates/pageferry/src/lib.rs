@@ -5,6 +5,8 @@
 //! * [`uffd`]: the kernel interfaces (userfaultfd, pagemap, `PAGEMAP_SCAN`, `clear_refs`), typed.
 //! * [`memory`]: addresses and sizes, mappings, regions, the page map, dirty bitmaps.
 //! * [`paging`]: the engine, and the traits a page source implements.
+//! * `kvm` (x86-64; feature `kvm`, on by default): vCPU exits as a delivery, and what the host's KVM
+//!   can do.
 //! * [`image`]: memory images as page sources.
 //! * [`migrate`]: the page-transfer protocol, its client and its server.
 //!
@@ -35,6 +37,8 @@
 #![forbid(unsafe_code)]
 
 pub use pageferry_image as image;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub use pageferry_kvm as kvm;
 pub use pageferry_memory as memory;
 pub use pageferry_migrate as migrate;
 pub use pageferry_paging as paging;

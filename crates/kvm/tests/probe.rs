@@ -87,7 +87,7 @@ fn measuring_gives_plausible_times() {
     match probe::measure() {
         Ok(measured) => {
             println!("{measured:?}");
-            for time in [measured.queue, measured.exit] {
+            for time in [measured.queue, measured.queue_on_one_cpu, measured.exit] {
                 assert!(time.as_nanos() > 100 && time.as_millis() < 500, "{measured:?}");
             }
             assert!(measured.faults >= 100);

@@ -4,7 +4,11 @@ mod common;
 #[path = "common/nobody.rs"]
 mod nobody;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use common::{expect_code, json, pageferry, run};
 use nobody::{ForNobody, deprived, nobody_can_open};
@@ -62,6 +66,12 @@ const KVM_LINES: [&str; 8] = [
 ];
 
 #[track_caller]
+/// One doctor at a time: it tries huge pages, and so changes what another one sees of their pool.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn finding<'a>(report: &'a Value, id: &str) -> &'a Value {
     let mut found = report["findings"]
         .as_array()
@@ -123,6 +133,7 @@ fn huge_pages(size: &str) -> Option<(u64, u64, u64)> {
 
 #[test]
 fn it_says_what_the_host_says() {
+    let _alone = alone();
     let pools = || ["2048kB", "1048576kB"].map(huge_pages);
     let before = pools();
     let output = run(&mut pageferry(["doctor", "--json"]));
@@ -188,6 +199,7 @@ fn it_says_what_the_host_says() {
 
 #[test]
 fn it_leaves_nothing_behind() {
+    let _alone = alone();
     let pools = || ["2048kB", "1048576kB"].map(huge_pages);
     let settings = || {
         ["/sys/kernel/mm/transparent_hugepage/enabled", "/proc/sys/vm/unprivileged_userfaultfd"]
@@ -207,6 +219,7 @@ fn it_leaves_nothing_behind() {
 
 #[test]
 fn without_privileges_it_says_what_they_would_bring() {
+    let _alone = alone();
     let nobody = ForNobody::new();
     let output = run(&mut nobody.command(["doctor", "--json"]));
     let report = json(&output);
@@ -239,6 +252,7 @@ fn without_privileges_it_says_what_they_would_bring() {
 
 #[test]
 fn without_any_userfaultfd_it_is_3_and_says_so() {
+    let _alone = alone();
     let nobody = ForNobody::new();
     let Some(mut command) = deprived(&nobody, ["doctor", "--json"]) else { return };
     let output = run(&mut command);

@@ -105,8 +105,41 @@ struct ErrorReport {
     exit_code: u8,
 }
 
+/// What clap says, its way; and with `--json` (which it may not have come to) as a report too.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let asked = std::env::args_os().skip(1).take_while(|argument| argument != "--");
+    let json = error.use_stderr() && asked.into_iter().any(|argument| argument == "--json");
+    let failed = |error: std::io::Error| {
+        eprintln!("pageferry: writing to standard output: {error}");
+        Exit::Failed.into()
+    };
+    if let Err(error) = error.print() {
+        return failed(error);
+    }
+    if !json {
+        return if error.use_stderr() { Exit::Usage } else { Exit::Success }.into();
+    }
+    let text = match error.kind() {
+        clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing",
+        _ => &error.to_string(),
+    };
+    // The error itself is the first paragraph; usage and hints follow.
+    let paragraph: Vec<&str> =
+        text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    let text = paragraph.join(" ");
+    let text = text.strip_prefix("error: ").unwrap_or(&text).to_owned();
+    let report = ErrorReport { error: text, exit_code: Exit::Usage.code() };
+    match Output::new(true).write_json(&report) {
+        Ok(()) => Exit::Usage.into(),
+        Err(error) => failed(error),
+    }
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let output = Output::new(cli.json);
     let result = Signals::install()
         .context("installing the handlers of SIGINT and SIGTERM")

@@ -30,6 +30,11 @@ fn wrong_usage_is_2() {
         assert_eq!(code(&output), Some(2), "{args:?}");
         assert!(!output.stderr.is_empty(), "{args:?} says why");
         assert!(output.stdout.is_empty(), "{args:?}");
+        let output = run(&[args, &["--json"]].concat());
+        assert_eq!(code(&output), Some(2), "{args:?} --json");
+        let report = json(&output);
+        assert_eq!(report["exit_code"], 2, "{args:?}");
+        assert!(!report["error"].as_str().expect("a text").is_empty(), "{args:?}: {report}");
     }
 }
 

@@ -12,9 +12,14 @@ use std::{
 
 use pageferry_memory::{GranuleIndex, GranuleRange, Region};
 use pageferry_paging::{PageSink, PageSource, SinkError, SourceError, Span, Urgency};
-use rustix::{fs::FileType, io::Errno};
+use rustix::fs::FileType;
 
-use crate::{ImageError, extents::Extents};
+use crate::{
+    ImageError,
+    extents::Extents,
+    serve::{refused, serve_data},
+    storage::pread,
+};
 
 /// A file whose bytes are the memory's.
 ///
@@ -108,93 +113,12 @@ impl RawImage {
     /// written then.
     pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), ImageError> {
         let length = bytes.len() as u64;
-        self.pread(offset, bytes).map_err(|error| ImageError::Read {
+        pread(&self.file, offset, bytes).map_err(|error| ImageError::Read {
             label: self.label.clone(),
             offset,
             length,
             error,
         })
-    }
-
-    /// pread(2) until `bytes` is full; allocates nothing.
-    fn pread(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let mut done = 0;
-        while done < bytes.len() {
-            match rustix::io::pread(&self.file, &mut bytes[done..], offset + done as u64) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => done += n,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Answers granules that have to be read: as one run, and around a place that cannot be read,
-    /// granule by granule.
-    fn serve_data(
-        &self,
-        span: Span,
-        region: &Region,
-        sink: &dyn PageSink,
-    ) -> Result<(), SinkError> {
-        let granule = region.granule().bytes();
-        let mut rest = span.granules;
-        while !rest.is_empty() {
-            let (start, _) = region.image_range(rest);
-            let mut done = 0;
-            let mut failed = 0;
-            let answer = sink.fill(Span { granules: rest, ..span }, &mut |piece| match self
-                .pread(start.get() + done, piece)
-            {
-                Ok(()) => {
-                    done += piece.len() as u64;
-                    Ok(())
-                }
-                Err(error) => {
-                    failed = piece.len() as u64;
-                    Err(SourceError::Io { what: format!("reading {}", self.label), error })
-                }
-            });
-            if failed == 0 {
-                return answer;
-            }
-            // The sink's own troubles with one granule end there, unlike its end.
-            let go_on = |answer| match answer {
-                Err(SinkError::Install { .. }) => Ok(()),
-                other => other,
-            };
-            // Everything before the failed piece is answered. Its granules are tried one by one,
-            // then the run goes on behind it.
-            let (_, unanswered) = rest.split_at(done / granule);
-            let (suspects, after) =
-                unanswered.split_at(failed.div_ceil(granule).min(unanswered.count()));
-            if suspects.count() == 1 {
-                go_on(sink.poison(Span { granules: suspects, ..span }))?;
-            } else {
-                for one in suspects.iter() {
-                    let one = Span { granules: GranuleRange::one(one), ..span };
-                    go_on(self.serve_one(one, region, sink))?;
-                }
-            }
-            rest = after;
-        }
-        Ok(())
-    }
-
-    fn serve_one(&self, span: Span, region: &Region, sink: &dyn PageSink) -> Result<(), SinkError> {
-        let (start, _) = region.image_range(span.granules);
-        let mut failed = false;
-        let mut done = 0;
-        let answer = sink.fill(span, &mut |piece| {
-            let result = self.pread(start.get() + done, piece);
-            done += piece.len() as u64;
-            result.map_err(|error| {
-                failed = true;
-                SourceError::Io { what: format!("reading {}", self.label), error }
-            })
-        });
-        if failed { sink.poison(span) } else { answer }
     }
 
     /// The granules of `region` that lie wholly within the image.
@@ -219,18 +143,6 @@ fn examine(file: &File) -> io::Result<(u64, Extents)> {
             io::ErrorKind::InvalidInput,
             "neither a regular file nor a block device",
         )),
-    }
-}
-
-/// What a sink's refusal means to the one who asked.
-fn refused(error: SinkError) -> Option<SourceError> {
-    match error {
-        SinkError::Source(error) => Some(error),
-        SinkError::OutOfRange(_) | SinkError::WrongLength { .. } => {
-            Some(SourceError::Mismatch(error.to_string()))
-        }
-        // The sink has dealt with the span itself.
-        _ => None,
     }
 }
 
@@ -289,7 +201,16 @@ impl PageSource for RawImage {
                 count = alike;
                 let run =
                     Span { granules: GranuleRange::new(GranuleIndex::new(first), alike), ..span };
-                answer = if hole { sink.zero(run) } else { self.serve_data(run, region, sink) };
+                answer = if hole {
+                    sink.zero(run)
+                } else {
+                    serve_data(run, region, sink, &|offset, bytes| {
+                        pread(&self.file, offset, bytes).map_err(|error| SourceError::Io {
+                            what: format!("reading {}", self.label),
+                            error,
+                        })
+                    })
+                };
             }
             if let Err(error) = answer
                 && let Some(error) = refused(error)

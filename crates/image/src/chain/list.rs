@@ -1,0 +1,142 @@
+//! The images of a directory, in the order of their chains.
+
+use std::{
+    collections::{HashMap, HashSet},
+    path::{Path, PathBuf},
+};
+
+use crate::{Image, ImageError, ImageId, ImageInfo};
+
+/// What the names of images end in.
+pub const EXTENSION: &str = "pfi";
+
+/// An image that was found in a directory.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Listed {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it says of itself, or what is wrong with it.
+    pub info: Result<ImageInfo, ImageError>,
+    /// What is known of its parent.
+    pub parent: ParentState,
+}
+
+/// What is known of the parent of an image in the same directory.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum ParentState {
+    /// It has none.
+    None,
+    /// It is there.
+    Present,
+    /// It is there, and not what it was when the child was made.
+    Altered,
+    /// It is not there.
+    Missing,
+    /// It cannot be known, because the image cannot be opened.
+    Unknown,
+}
+
+/// The images (`*.pfi`) of a directory: every chain from its oldest image on, the chain begun
+/// first coming first. A child follows its parent, or the children of an older sibling. Images
+/// whose parent is not there, and then those that cannot be opened, come last.
+///
+/// # Errors
+/// [`ImageError::List`].
+pub fn list(directory: impl AsRef<Path>) -> Result<Vec<Listed>, ImageError> {
+    let mut sound = Vec::new();
+    let mut broken = Vec::new();
+    for path in paths(directory.as_ref())? {
+        match Image::open(&path) {
+            Ok(image) => sound.push((path, image.info())),
+            Err(error) => {
+                let (info, parent) = (Err(error), ParentState::Unknown);
+                broken.push(Listed { path, info, parent });
+            }
+        }
+    }
+    sound.sort_by_key(|(_, info)| info.created);
+    let seals: HashMap<ImageId, _> = sound.iter().map(|(_, info)| (info.id, info.seal)).collect();
+    let state = |info: &ImageInfo| match &info.parent {
+        None => ParentState::None,
+        Some(link) => match seals.get(&link.id) {
+            None => ParentState::Missing,
+            Some(seal) if *seal == link.seal => ParentState::Present,
+            Some(_) => ParentState::Altered,
+        },
+    };
+
+    let mut children: HashMap<ImageId, Vec<usize>> = HashMap::new();
+    let mut begun = Vec::new();
+    let mut orphans = Vec::new();
+    for (index, (_, info)) in sound.iter().enumerate() {
+        match &info.parent {
+            None => begun.push(index),
+            Some(link) if seals.contains_key(&link.id) => {
+                children.entry(link.id).or_default().push(index);
+            }
+            Some(_) => orphans.push(index),
+        }
+    }
+    begun.extend(orphans);
+    let mut order = Vec::new();
+    let mut placed = vec![false; sound.len()];
+    // Behind them, what is its own ancestor, and so is no one's descendant.
+    for start in begun.into_iter().chain(0..sound.len()) {
+        let mut waiting = vec![start];
+        while let Some(index) = waiting.pop() {
+            if std::mem::replace(&mut placed[index], true) {
+                continue;
+            }
+            order.push(index);
+            let id = sound[index].1.id;
+            waiting.extend(children.get(&id).into_iter().flatten().rev());
+        }
+    }
+    let mut sound: Vec<_> = sound.into_iter().map(Some).collect();
+    let mut listed: Vec<Listed> = order
+        .into_iter()
+        .filter_map(|index| sound[index].take())
+        .map(|(path, info)| {
+            let parent = state(&info);
+            Listed { path, info: Ok(info), parent }
+        })
+        .collect();
+    listed.extend(broken);
+    Ok(listed)
+}
+
+/// Files of a directory that should be images, by name.
+pub(super) fn paths(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
+    let failed = |error| ImageError::List { directory: directory.to_owned(), error };
+    let mut paths = Vec::new();
+    for entry in directory.read_dir().map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_some_and(|extension| extension == EXTENSION) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// The image that is nobody's parent.
+pub(super) fn last(directory: &Path) -> Result<PathBuf, ImageError> {
+    let mut images = Vec::new();
+    for listed in list(directory)? {
+        images.push((listed.path, listed.info?));
+    }
+    let parents: HashSet<ImageId> =
+        images.iter().filter_map(|(_, info)| Some(info.parent.as_ref()?.id)).collect();
+    let any = images.first().map(|(path, _)| path.clone());
+    let mut last = images.into_iter().filter(|(_, info)| !parents.contains(&info.id));
+    match (last.next(), last.next()) {
+        (Some((path, _)), None) => Ok(path),
+        (Some((first, _)), Some((second, _))) => {
+            Err(ImageError::Ambiguous { directory: directory.to_owned(), first, second })
+        }
+        // Every one is some other's parent: whichever is opened, that is found out.
+        (None, _) => any.ok_or(ImageError::NoImages { directory: directory.to_owned() }),
+    }
+}

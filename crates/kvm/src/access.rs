@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VcpuFd;
-use pageferry_memory::{GuestAddress, HostAddress, Mapping, Region};
+use pageferry_memory::{GuestAddress, Mapping, Region};
 use pageferry_paging::Resolved;
 
-use crate::{Place, VcpuPager, sys, vcpu::Thread};
+use crate::{Place, VcpuPager, pending::Done, sys, vcpu::Thread};
 
 /// An access of an emulated instruction: one to eight bytes, which KVM splits at pages. KVM keeps
 /// the data in the vCPU's shared page until the next KVM_RUN.
@@ -15,27 +15,23 @@ use crate::{Place, VcpuPager, sys, vcpu::Thread};
 pub(crate) struct Access {
     guest: GuestAddress,
     write: bool,
-    given_up: bool,
-}
-
-/// How an access went.
-pub(crate) enum Done {
-    /// It is made.
-    Made,
-    /// Not yet.
-    Interrupted,
-    /// There can never be memory at this address.
-    Poisoned(HostAddress),
 }
 
 impl Access {
     pub(crate) fn new(guest: GuestAddress, write: bool) -> Self {
-        Self { guest, write, given_up: false }
+        Self { guest, write }
     }
 
-    /// From now on it is made without memory: ones are read, and nothing is written.
-    pub(crate) fn give_up(&mut self) {
-        self.given_up = true;
+    /// It is made without memory: ones are read, and nothing is written.
+    pub(crate) fn give_up(&self, vcpu: &mut VcpuFd) -> Done {
+        self.nowhere(sys::mmio(vcpu.get_kvm_run()))
+    }
+
+    fn nowhere(&self, data: &mut [u8]) -> Done {
+        if !self.write {
+            data.fill(0xff);
+        }
+        Done::Made
     }
 
     pub(crate) fn make(
@@ -45,21 +41,10 @@ impl Access {
         thread: &mut Thread<'_>,
     ) -> Done {
         let mut data = sys::mmio(vcpu.get_kvm_run());
-        if self.given_up {
-            if !self.write {
-                data.fill(0xff);
-            }
-            return Done::Made;
-        }
         let mut at = self.guest;
         while !data.is_empty() {
             // A slot that has been taken away since the exit is like no memory at all.
-            let Some(place) = pager.slots.find(at) else {
-                if !self.write {
-                    data.fill(0xff);
-                }
-                return Done::Made;
-            };
+            let Some(place) = pager.slots.find(at) else { return self.nowhere(data) };
             match pager.resolve(place.host, thread) {
                 Resolved::Present | Resolved::NotOurs => {}
                 Resolved::Poisoned => return Done::Poisoned(place.host),

@@ -1,6 +1,6 @@
 //! Which delivery a guest's faults get, and why.
 
-use std::{fmt, num::NonZero};
+use std::num::NonZero;
 
 use pageferry_paging::{Delivery, choose_delivery};
 
@@ -9,53 +9,9 @@ use crate::{
     probe::{self, Measured, Paging, Probe},
 };
 
-/// How a guest's faults are to be delivered. Thread counts of 0 mean: one for each CPU, at most 8.
-#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]
-#[non_exhaustive]
-pub enum VcpuDelivery {
-    /// Whatever is best here.
-    #[default]
-    Auto,
-    /// One userfaultfd, one thread reading it; vCPUs wait inside KVM_RUN.
-    Queue,
-    /// The same with this many threads.
-    QueueN(u16),
-    /// One reader and this many workers, by the faulting thread.
-    ByThread(u16),
-    /// One reader and this many workers, by the faulting thread's CPU.
-    ByCpu(u16),
-    /// This many userfaultfds, by address.
-    Sharded(u16),
-    /// A vCPU leaves KVM_RUN and brings the page itself.
-    Exit,
-    /// The same, and this many threads read the userfaultfd for everybody else.
-    Hybrid(u16),
-}
-
-impl VcpuDelivery {
-    /// What the engine is to do; `None` for [`Auto`](Self::Auto).
-    fn engine(self) -> Option<Delivery> {
-        Some(match self {
-            Self::Auto => return None,
-            Self::Queue => Delivery::Queue,
-            Self::QueueN(n) => Delivery::QueueN(n),
-            Self::ByThread(n) => Delivery::ByThread(n),
-            Self::ByCpu(n) => Delivery::ByCpu(n),
-            Self::Sharded(n) => Delivery::Sharded(n),
-            Self::Exit => Delivery::Exit,
-            Self::Hybrid(n) => Delivery::Hybrid(n),
-        })
-    }
-}
-
-impl fmt::Display for VcpuDelivery {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.engine() {
-            None => f.write_str("auto"),
-            Some(delivery) => delivery.fmt(f),
-        }
-    }
-}
+/// How a guest's faults are to be delivered: all but [`Signal`](Delivery::Signal), as a vCPU takes no
+/// signals where it waits for memory.
+pub use pageferry_paging::Delivery as VcpuDelivery;
 
 /// What an embedder knows about its guest.
 #[derive(Copy, Clone, Debug, Default)]
@@ -87,7 +43,12 @@ pub fn choose(
     probe: &Probe,
     hints: &Hints,
 ) -> Result<(Delivery, String), KvmError> {
-    if let Some(delivery) = wanted.engine() {
+    if wanted == Delivery::Signal {
+        let why = "KVM's accesses to absent memory would fail, and no signal say where".to_owned();
+        return Err(KvmError::NotHere { delivery: wanted, why });
+    }
+    if wanted != Delivery::Auto {
+        let delivery = wanted;
         if delivery.exits() {
             if let Some(why) = probe.why_not(probe::POISON_EXITS) {
                 return Err(KvmError::NotHere { delivery, why });
@@ -237,6 +198,9 @@ mod tests {
         ] {
             assert_eq!(choose(wanted, &probe(false, Shadow), &none).unwrap().0, expected);
         }
+        let refused =
+            choose(VcpuDelivery::Signal, &probe(true, TwoDimensional), &none).unwrap_err();
+        assert!(matches!(refused, KvmError::NotHere { .. }), "{refused}");
         for wanted in [VcpuDelivery::Exit, VcpuDelivery::Hybrid(1)] {
             let refused = choose(wanted, &probe(false, TwoDimensional), &none).unwrap_err();
             assert!(refused.to_string().contains("not in this kernel"), "{refused}");

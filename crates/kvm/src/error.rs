@@ -3,6 +3,8 @@
 use pageferry_memory::{GuestAddress, RegionId};
 use pageferry_paging::Delivery;
 
+use crate::dirty::LogMode;
+
 /// Why something could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -61,6 +63,15 @@ pub enum KvmError {
         /// Where the guest has it.
         guest: GuestAddress,
     },
+    /// A guest's writes of registers cannot be made to leave KVM_RUN here.
+    #[error(
+        "{missing} is missing (Linux 5.10 has it): areas that KVM writes by itself can be brought \
+         before the first run only"
+    )]
+    NoRegisterExits {
+        /// The capability.
+        missing: &'static str,
+    },
     /// Waiting for an area that KVM writes was interrupted.
     #[error("interrupted while bringing {area} at {guest}")]
     Interrupted {
@@ -68,6 +79,64 @@ pub enum KvmError {
         area: &'static str,
         /// Where the guest has it.
         guest: GuestAddress,
+    },
+    /// A slot is to be tracked twice.
+    #[error("slot {slot} is to be tracked twice")]
+    SlotTwice {
+        /// The slot's number.
+        slot: u32,
+    },
+    /// The marks of writes that KVM does not see are for less than the slot.
+    #[error("slot {slot} has {pages} pages, and the marks that go with it are for {marks}")]
+    TooFewMarks {
+        /// The slot's number.
+        slot: u32,
+        /// How many pages it has.
+        pages: u64,
+        /// How many the marks are for.
+        marks: u64,
+    },
+    /// The machine's dirty log has no such mode.
+    #[error(
+        "dirty log in mode {mode:?}: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 of this machine is {known:#x}"
+    )]
+    NoLogMode {
+        /// What was asked for.
+        mode: LogMode,
+        /// What KVM says it has.
+        known: u32,
+    },
+    /// Dirty rings of this size cannot be had.
+    #[error("dirty rings of {bytes} bytes: {why}")]
+    NoDirtyRing {
+        /// What was asked for.
+        bytes: u32,
+        /// What KVM said.
+        why: String,
+    },
+    /// A tracker was harvested that was not armed.
+    #[error("harvesting a tracker that is not armed")]
+    NotArmed,
+    /// KVM did not take entries back that had been collected.
+    #[error(
+        "KVM_RESET_DIRTY_RINGS leaves {entries} entries that have been collected: does somebody else \
+         collect the rings?"
+    )]
+    NotReset {
+        /// How many.
+        entries: u64,
+    },
+    /// KVM refused something about the tracking of a slot.
+    #[error("{what} for slot {slot} at {guest}: {source}")]
+    DirtyTracking {
+        /// The ioctl.
+        what: &'static str,
+        /// The slot's number.
+        slot: u32,
+        /// Where the guest has it.
+        guest: GuestAddress,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
     },
     /// KVM refused something.
     #[error("{what}: {source}")]

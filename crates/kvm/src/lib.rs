@@ -47,12 +47,19 @@
 //!
 //! # Signals
 //! While memory is missing, `run` blocks all signals in the calling thread (but those that a crash
-//! raises, SIGSEGV for one) and unblocks, inside KVM_RUN, those that were not blocked before. So a signal of the embedder's is never lost: it ends
-//! KVM_RUN, `run` returns EINTR, and with the mask as it was before the signal is delivered. All the
-//! ways to kick a vCPU work: a handler that sets `immediate_exit`, an empty handler, and a blocked
-//! signal that is unblocked in KVM_RUN only; the last needs
-//! [`VcpuPager::set_signal_mask`] instead of KVM_SET_SIGNAL_MASK. Once all memory is there, `run` is
-//! KVM_RUN and nothing else.
+//! raises, SIGSEGV for one) and unblocks, inside KVM_RUN, those that were not blocked before. So a
+//! signal of the embedder's is never lost: it ends KVM_RUN, `run` returns EINTR, and with the mask as
+//! it was before the signal is delivered. All the ways to kick a vCPU work: a handler that sets
+//! `immediate_exit`, an empty handler, and a blocked signal that is unblocked in KVM_RUN only; the last
+//! needs [`VcpuPager::set_signal_mask`] instead of KVM_SET_SIGNAL_MASK. Once all memory is there, `run`
+//! is KVM_RUN and nothing else.
+//!
+//! # What KVM writes by itself
+//! Its clocks, stolen time and the like are in guest memory. Those that a vCPU has when it first runs
+//! are brought before; for a guest that boots while its memory is absent see [`KvmAreas::Follow`].
+//!
+//! # Writes
+//! [`dirty`] has KVM's dirty log and dirty rings, with or without paging.
 //!
 //! # Where to read on
 //! `vcpu.rs` has the loop, on one screen.
@@ -64,11 +71,14 @@
 mod access;
 mod areas;
 mod choose;
+pub mod dirty;
 mod error;
 mod exit;
 mod fetch;
 mod machine_check;
+mod pending;
 pub mod probe;
+mod registers;
 #[allow(unsafe_code)]
 mod signals;
 mod slots;
@@ -79,6 +89,7 @@ mod sys;
 mod vcpu;
 mod vm;
 
+pub use areas::AREA_REGISTERS;
 pub use choose::{Hints, VcpuDelivery, choose};
 pub use error::{KvmError, RunError};
 pub use signals::SignalSet;

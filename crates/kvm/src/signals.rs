@@ -194,6 +194,19 @@ impl Drop for Blocked {
     }
 }
 
+/// Does something that signals are not to interrupt in the kernel, with every one blocked that can be:
+/// also those that [`Blocked`] leaves alone, since nothing here raises them.
+pub(crate) fn undisturbed<T>(something: impl FnOnce() -> T) -> T {
+    struct Restore(SignalSet);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            change(libc::SIG_SETMASK, Some(self.0));
+        }
+    }
+    let _restore = Restore(change(libc::SIG_SETMASK, Some(SignalSet(u64::MAX))));
+    something()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -49,6 +49,9 @@ counters! {
     mmio_reads,
     /// The same for writes.
     mmio_writes,
+    /// Exits because the guest has set a register that names an area which KVM writes by itself, where
+    /// these are followed.
+    register_writes,
     /// Exits because KVM could not fetch an instruction it was to emulate.
     fetches,
     /// Exits with a guest address and EFAULT, as newer kernels have them.
@@ -64,12 +67,15 @@ counters! {
     machine_checks,
     /// SIGBUS that were somebody else's, and were passed on.
     foreign_signals,
+    /// Exits because the vCPU's dirty ring was full, and was emptied here: no paging exits.
+    rings_full,
 }
 
 impl VcpuStats {
     /// Paging exits of every kind.
     pub fn exits(&self) -> u64 {
-        self.poison + self.mmio_reads + self.mmio_writes + self.fetches + self.memory_faults
+        let accesses = self.poison + self.mmio_reads + self.mmio_writes + self.fetches;
+        accesses + self.register_writes + self.memory_faults
     }
 }
 

@@ -11,10 +11,10 @@ use kvm_ioctls::{Error, VcpuFd};
 
 use crate::SignalSet;
 
-const KVMIO: u64 = 0xae;
+pub(crate) const KVMIO: u64 = 0xae;
 
 /// `_IOW(KVMIO, number, size)`.
-const fn iow(number: u64, size: usize) -> libc::c_ulong {
+pub(crate) const fn iow(number: u64, size: usize) -> libc::c_ulong {
     1 << 30 | (size as u64) << 16 | KVMIO << 8 | number
 }
 
@@ -69,6 +69,19 @@ pub(crate) fn msr(vcpu: &VcpuFd, index: u32) -> Option<u64> {
     let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
     let read = vcpu.get_msrs(&mut msrs).ok()?;
     (read == 1).then(|| msrs.as_slice()[0].data)
+}
+
+/// Sets a model-specific register; false when KVM refuses.
+pub(crate) fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> bool {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    let Ok(msrs) = Msrs::from_entries(&[entry]) else { return false };
+    vcpu.set_msrs(&msrs).is_ok_and(|set| set == 1)
+}
+
+/// How the instruction ends that the exit in `run` was about, which was KVM_EXIT_X86_WRMSR: as one
+/// that has set the register, or with an exception.
+pub(crate) fn complete_wrmsr(run: &mut kvm_run, set: bool) {
+    run.__bindgen_anon_1.msr.error = u8::from(!set);
 }
 
 /// The data of the exit that `run` describes, which was KVM_EXIT_MMIO: to be filled if it is a read.

@@ -2,17 +2,20 @@
 
 use std::{fmt, sync::Arc, time::Instant};
 
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{Error, VcpuExit, VcpuFd};
 use pageferry_memory::{GuestAddress, HostAddress, State};
 use pageferry_paging::Resolved;
 
 use crate::{
     KvmError, MemoryErrors, Place, RunError, SignalSet, VcpuStats,
-    access::{Access, Done},
+    access::Access,
     areas,
     exit::ExitKind,
     fetch::Fetch,
     machine_check,
+    pending::{Pending, What},
+    registers::Write,
     signals::{Blocked, Sigbus},
     slots::Snapshot,
     stats::Counters,
@@ -27,7 +30,7 @@ pub enum Exit<'a> {
     Kvm(VcpuExit<'a>),
     /// The guest touched memory that can never come. If the vCPU runs on as it is, it touches it
     /// again; a device-like access (of an instruction that KVM emulates) then reads ones, or writes
-    /// nowhere.
+    /// nowhere, and a register that is to name an area there is not set: the guest gets an exception.
     MemoryError {
         /// Where the guest has it, if a slot shows it.
         guest: Option<GuestAddress>,
@@ -50,8 +53,8 @@ pub struct VcpuPager {
     /// The one the embedder would have there.
     embedders_mask: Option<SignalSet>,
     prepared: bool,
-    /// An instruction that KVM emulates waits for this.
-    access: Option<Access>,
+    /// The guest's current instruction waits for this.
+    pub(crate) pending: Option<Pending>,
     pub(crate) fetch: Fetch,
     /// The guest address of the last exit, if that was KVM_EXIT_MEMORY_FAULT.
     last_fault: Option<GuestAddress>,
@@ -80,7 +83,7 @@ impl VcpuPager {
             kvm_mask: None,
             embedders_mask: None,
             prepared: false,
-            access: None,
+            pending: None,
             fetch: Fetch::default(),
             last_fault: None,
             left_for_foreign: false,
@@ -94,12 +97,15 @@ impl VcpuPager {
     /// # Errors
     /// [`RunError::Kvm`] is KVM_RUN's own error.
     pub fn run<'a>(&mut self, vcpu: &'a mut VcpuFd) -> Result<Exit<'a>, RunError> {
-        if self.access.is_none() && !self.vm.may_exit() {
-            if self.kvm_mask != self.embedders_mask {
-                self.set_kvm_mask(vcpu, self.embedders_mask).map_err(RunError::Paging)?;
+        let vcpu: *mut VcpuFd = vcpu;
+        if self.pending.is_none() && !self.vm.may_exit() {
+            // SAFETY: as in `run_blocked`.
+            if let Some(exit) = self.run_directly(unsafe { &mut *vcpu })? {
+                return Ok(exit);
             }
-            return vcpu.run().map(Exit::Kvm).map_err(RunError::Kvm);
         }
+        // SAFETY: as in `run_blocked`: nothing has been returned.
+        let vcpu: &'a mut VcpuFd = unsafe { &mut *vcpu };
         let mut blocked = Blocked::new();
         let mask = self.embedders_mask.unwrap_or(blocked.before());
         if self.kvm_mask != Some(mask.without(libc::SIGBUS)) {
@@ -121,6 +127,39 @@ impl VcpuPager {
         }
     }
 
+    /// KVM_RUN and nothing else, as there is nothing to be paged. `None`: for the one exit that
+    /// remains to be taken care of, which is pending now.
+    fn run_directly<'a>(&mut self, vcpu: &'a mut VcpuFd) -> Result<Option<Exit<'a>>, RunError> {
+        if self.kvm_mask != self.embedders_mask {
+            self.set_kvm_mask(vcpu, self.embedders_mask).map_err(RunError::Paging)?;
+        }
+        let vcpu: *mut VcpuFd = vcpu;
+        loop {
+            // SAFETY: as in `run_blocked`.
+            match unsafe { &mut *vcpu }.run() {
+                Ok(VcpuExit::X86Wrmsr(exit)) if self.vm.follows_areas() => {
+                    let Some(write) = Write::of(&exit) else {
+                        return Ok(Some(Exit::Kvm(VcpuExit::X86Wrmsr(exit))));
+                    };
+                    Counters::count(&self.counters.register_writes);
+                    self.pending = Some(Pending::new(What::Register(write)));
+                    return Ok(None);
+                }
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL))
+                    if self.ring_full().map_err(RunError::Paging)? => {}
+                result => return result.map(|exit| Some(Exit::Kvm(exit))).map_err(RunError::Kvm),
+            }
+        }
+    }
+
+    /// The vCPU's dirty ring is full: whether it has been emptied.
+    fn ring_full(&self) -> Result<bool, KvmError> {
+        let Some(collector) = self.vm.collector() else { return Ok(false) };
+        collector.collect()?;
+        Counters::count(&self.counters.rings_full);
+        Ok(true)
+    }
+
     fn run_blocked<'a>(
         &mut self,
         vcpu: &'a mut VcpuFd,
@@ -134,7 +173,7 @@ impl VcpuPager {
             let result: Result<VcpuExit<'a>, Error> = unsafe { &mut *vcpu }.run();
             let left = Instant::now();
             self.slots.renew(&self.vm.slots);
-            let kind = ExitKind::of(&result, &self.slots);
+            let kind = ExitKind::of(&result, &self.slots, self.vm.follows_areas());
             self.forget_others(kind);
             if kind == ExitKind::Other {
                 return result.map(Exit::Kvm).map_err(RunError::Kvm);
@@ -143,10 +182,11 @@ impl VcpuPager {
             let untouched = match result {
                 Ok(VcpuExit::InternalError) => Ok(VcpuExit::InternalError),
                 Ok(VcpuExit::IrqWindowOpen) => Ok(VcpuExit::IrqWindowOpen),
+                Ok(VcpuExit::Unsupported(reason)) => Ok(VcpuExit::Unsupported(reason)),
                 Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
                     Ok(VcpuExit::MemoryFault { flags, gpa, size })
                 }
-                // Every access that is found in a slot is made.
+                // Every access that is found in a slot is made, and every register set.
                 Ok(_) => Ok(VcpuExit::Unknown),
                 Err(error) => Err(error),
             };
@@ -180,8 +220,14 @@ impl VcpuPager {
             ExitKind::Access { guest, write } => {
                 let counters = &self.counters;
                 Counters::count(if write { &counters.mmio_writes } else { &counters.mmio_reads });
-                self.access = Some(Access::new(guest, write));
-                self.finish_access(vcpu, thread)
+                self.pending = Some(Pending::new(What::Access(Access::new(guest, write))));
+                self.finish(vcpu, thread)
+            }
+            ExitKind::RegisterWrite(write) => {
+                Counters::count(&self.counters.register_writes);
+                thread.paging = true;
+                self.pending = Some(Pending::new(What::Register(write)));
+                self.finish(vcpu, thread)
             }
             ExitKind::InternalError => self.fetch(vcpu, thread),
             ExitKind::MemoryFault { place, guest } => {
@@ -193,6 +239,12 @@ impl VcpuPager {
                 Counters::count(&self.counters.memory_faults);
                 self.bring(place.host, vcpu, thread)
             }
+            ExitKind::RingFull => match self.ring_full() {
+                Ok(true) => Next::Enter,
+                // It is looked for before signals are, too.
+                Ok(false) => self.handle(ExitKind::PerhapsSignal, vcpu, thread),
+                Err(error) => Next::Leave(RunError::Paging(error)),
+            },
             ExitKind::Other => Next::Untouched,
         }
     }
@@ -284,14 +336,14 @@ impl VcpuPager {
         Next::MemoryError { guest, host }
     }
 
-    /// What has to be done before KVM_RUN: once, and for an access that was interrupted.
+    /// What has to be done before KVM_RUN: once, and for an instruction that was interrupted.
     fn prepare(&mut self, vcpu: &mut VcpuFd, thread: &mut Thread<'_>) -> Result<Next, RunError> {
         if !self.prepared {
             if self.vm.options.memory_errors == MemoryErrors::Mce {
                 machine_check::set_up(vcpu).map_err(RunError::Paging)?;
             }
             // A delivery by queue holds KVM up until they have come.
-            if self.vm.by_exits && self.vm.options.kvm_areas == KvmAreas::BringFirst {
+            if self.vm.by_exits && self.vm.options.kvm_areas != KvmAreas::Leave {
                 match areas::bring(self, vcpu, thread) {
                     Ok(()) => {}
                     Err(KvmError::Interrupted { .. }) => return Ok(self.interrupted()),
@@ -300,38 +352,14 @@ impl VcpuPager {
             }
             self.prepared = true;
         }
-        if self.access.is_some() {
-            return Ok(self.finish_access(vcpu, thread));
-        }
-        Ok(Next::Enter)
-    }
-
-    /// Makes the access that an emulated instruction waits for, if the page is there or comes.
-    fn finish_access(&mut self, vcpu: &mut VcpuFd, thread: &mut Thread<'_>) -> Next {
-        // It stays until it is made, also when the source panics.
-        let Some(mut access) = self.access else { return Next::Enter };
-        match access.make(self, vcpu, thread) {
-            Done::Made => {
-                self.access = None;
-                Next::Enter
-            }
-            Done::Interrupted => self.interrupted(),
-            Done::Poisoned(host) => {
-                access.give_up();
-                self.access = Some(access);
-                match self.memory_error(host, vcpu, false) {
-                    // A machine check waits: the instruction is completed without its memory.
-                    Next::Enter => self.finish_access(vcpu, thread),
-                    next => next,
-                }
-            }
-        }
+        Ok(self.finish(vcpu, thread))
     }
 
     /// Brings the areas of guest memory that KVM writes by itself, as the vCPU's registers name
     /// them: kvmclock, stolen time, asynchronous page faults, paravirtual end of interrupt, and the
     /// pages of Hyper-V. The first [`run`](Self::run) does so unless the options say otherwise;
-    /// again it is needed only where an embedder sets such registers later.
+    /// again it is needed where an embedder sets such registers later, and, unless the options say
+    /// [`KvmAreas::Follow`], where the guest does.
     ///
     /// It waits, whatever signals come.
     ///
@@ -347,11 +375,12 @@ impl VcpuPager {
         self.embedders_mask = mask;
     }
 
-    /// Whether an instruction that KVM emulates waits for memory: [`run`](Self::run) was
-    /// interrupted in the middle of it. The vCPU's registers are then those of neither before nor
-    /// after it; to save them, run on with `immediate_exit` set until this is false.
+    /// Whether an instruction that KVM emulates waits for memory, or one that sets a register for the
+    /// area that it names: [`run`](Self::run) was interrupted in the middle of it. The vCPU's
+    /// registers are then those of neither before nor after it; to save them, run on with
+    /// `immediate_exit` set until this is false.
     pub fn is_mid_instruction(&self) -> bool {
-        self.access.is_some()
+        self.pending.is_some()
     }
 
     /// What the paging exits were so far.

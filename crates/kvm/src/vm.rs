@@ -8,11 +8,13 @@ use std::{
     },
 };
 
+use kvm_ioctls::VmFd;
 use pageferry_memory::{GuestAddress, State};
 use pageferry_paging::Pager;
 
 use crate::{
-    KvmError, Slots, VcpuPager, VcpuStats,
+    KvmError, Slots, VcpuPager, VcpuStats, areas,
+    dirty::RingCollector,
     probe::{self, Paging},
     stats::Counters,
 };
@@ -50,9 +52,26 @@ pub enum MemoryErrors {
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum KvmAreas {
-    /// Those that the vCPU's registers name are brought by its first run.
+    /// Those that the vCPU's registers name are brought by its first run. One that the guest names
+    /// later, in memory that is absent then, is not written: right for a guest that is resumed, whose
+    /// registers are set, and wrong for one that boots.
     #[default]
     BringFirst,
+    /// Also those that the guest names later. Its WRMSR leaves KVM_RUN, [`VcpuPager::run`] brings the
+    /// area, sets the register (KVM_SET_MSRS) and goes on; what KVM refuses is an exception in the
+    /// guest, as is an area that can never come. The embedder sees none of it, but that
+    /// [`MemoryErrors::Exit`] tells of the latter first.
+    ///
+    /// The machine has to let these writes out: [`VmPager::filter_area_registers`]. An embedder that
+    /// has a filter of its own (KVM_X86_SET_MSR_FILTER) instead denies the guest to write
+    /// [`AREA_REGISTERS`](crate::AREA_REGISTERS), and has KVM_MSR_EXIT_REASON_FILTER among the reasons
+    /// of its KVM_CAP_X86_USER_SPACE_MSR; writes of other registers are still its own. As long as the
+    /// filter stands the vCPUs have to be run by their pagers, also when all memory is there.
+    ///
+    /// To KVM the register is set by the host. That matters to a guest with the clock's old register
+    /// (0x12) only, which then keeps the flag that its clock is stable; and a guest that may not use
+    /// a feature at all (KVM_CAP_ENFORCE_PV_FEATURE_CPUID) may still set its register to 0.
+    Follow,
     /// The embedder knows better, and perhaps calls [`VcpuPager::make_kvm_areas_present`] itself.
     Leave,
 }
@@ -102,6 +121,7 @@ pub(crate) struct Shared {
     /// will be no more once nothing remains to come.
     poisoned: AtomicU8,
     vcpus: Mutex<Vec<Arc<Counters>>>,
+    collector: Mutex<Option<RingCollector>>,
 }
 
 const UNKNOWN: u8 = 0;
@@ -136,6 +156,7 @@ impl VmPager {
             slots,
             poisoned: AtomicU8::new(UNKNOWN),
             vcpus: Mutex::default(),
+            collector: Mutex::default(),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -147,6 +168,32 @@ impl VmPager {
         vcpus.push(Arc::clone(&counters));
         drop(vcpus);
         VcpuPager::new(Arc::clone(&self.shared), counters)
+    }
+
+    /// Makes the machine let out what [`KvmAreas::Follow`] needs: enables KVM_CAP_X86_USER_SPACE_MSR for
+    /// KVM_MSR_EXIT_REASON_FILTER, and sets a filter (KVM_X86_SET_MSR_FILTER) that denies writes of
+    /// [`AREA_REGISTERS`](crate::AREA_REGISTERS) and nothing else. Any filter that is there is replaced,
+    /// so this is not for an embedder that has one. Call it once, before a vCPU runs.
+    ///
+    /// It does nothing where areas are not followed, and with delivery by queue, where KVM waits for
+    /// them.
+    ///
+    /// # Errors
+    /// [`KvmError::NoRegisterExits`] when KVM has no such filters ([`probe::REGISTER_EXITS`] says so,
+    /// too); or what KVM says.
+    pub fn filter_area_registers(&self, vm: &VmFd) -> Result<(), KvmError> {
+        if !self.shared.by_exits || !self.shared.follows_areas() {
+            return Ok(());
+        }
+        areas::filter(vm)
+    }
+
+    /// From now on a vCPU whose dirty ring is full empties the rings in
+    /// [`run`](VcpuPager::run) and goes on; with `None` the exit is the embedder's again.
+    ///
+    /// The collector keeps the machine open until it is replaced, or this is dropped.
+    pub fn collect_full_rings(&self, collector: Option<RingCollector>) {
+        *self.shared.collector.lock().unwrap_or_else(PoisonError::into_inner) = collector;
     }
 
     /// The memslots.
@@ -176,6 +223,16 @@ impl fmt::Debug for VmPager {
 }
 
 impl Shared {
+    /// What empties full dirty rings.
+    pub(crate) fn collector(&self) -> Option<RingCollector> {
+        self.collector.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the guest's writes of registers that name areas of KVM's are seen to.
+    pub(crate) fn follows_areas(&self) -> bool {
+        self.options.kvm_areas == KvmAreas::Follow
+    }
+
     /// Whether KVM_RUN may still end for paging. Once false it stays so.
     pub(crate) fn may_exit(&self) -> bool {
         if self.by_exits {

@@ -1,13 +1,12 @@
-//! Memory that can never come, and what KVM writes by itself.
+//! Memory that can never come, and memory that is taken away.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 
 use common::*;
-use kvm_bindings::{Msrs, kvm_msr_entry};
-use kvm_ioctls::{VcpuExit, VcpuFd};
-use pageferry_kvm::{Exit, KvmAreas, KvmError, MemoryErrors, RunError, VmPagerOptions};
+use kvm_ioctls::VcpuExit;
+use pageferry_kvm::{Exit, MemoryErrors, VmPagerOptions};
 use pageferry_memory::{GuestAddress, HostAddress};
 use pageferry_paging::Delivery;
 
@@ -21,18 +20,6 @@ fn bad_guest(memory_errors: MemoryErrors, setup: Setup, delivery: Delivery) -> G
     let source = Source { poisoned: [BAD].into(), ..Source::default() };
     let options = options(memory_errors);
     Guest::new(Config { setup, delivery, source, options, ..Config::default() })
-}
-
-fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> bool {
-    let entry = kvm_msr_entry { index, data, ..Default::default() };
-    vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).is_ok_and(|count| count == 1)
-}
-
-fn msr(vcpu: &VcpuFd, index: u32) -> u64 {
-    let entry = kvm_msr_entry { index, ..Default::default() };
-    let mut msrs = Msrs::from_entries(&[entry]).unwrap();
-    assert_eq!(vcpu.get_msrs(&mut msrs).unwrap(), 1, "{index:#x}");
-    msrs.as_slice()[0].data
 }
 
 const MOV_RAX: [u8; 3] = [0x48, 0x8b, 0x07]; // mov rax, [rdi]
@@ -151,80 +138,6 @@ fn a_guest_without_machine_checks_is_the_embedders() {
             }
             other => panic!("{off:#x}: {other:?}"),
         }
-    }
-}
-
-const STEAL_TIME: u32 = 0x4b56_4d03;
-const KVMCLOCK: u32 = 0x4b56_4d01;
-
-/// Puts kvmclock across two pages if it may, and stolen time.
-fn enable_areas(vcpu: &VcpuFd) -> bool {
-    set_msr(vcpu, KVMCLOCK, at(5 * PAGE) | 1) && set_msr(vcpu, STEAL_TIME, at(9 * PAGE + 64) | 1)
-}
-
-fn with_features(guest: &Guest, vcpu: &VcpuFd) {
-    let cpuid = guest.kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
-    vcpu.set_cpuid2(&cpuid).unwrap();
-}
-
-#[test]
-fn areas_that_kvm_writes_come_first() {
-    if !exits() {
-        return;
-    }
-    let _watch = watch(30);
-    for kvm_areas in [KvmAreas::BringFirst, KvmAreas::Leave] {
-        let options = VmPagerOptions { kvm_areas, ..options(MemoryErrors::Exit) };
-        let guest = Guest::new(Config { options, ..Config::default() });
-        let mut vcpu = guest.vcpu(0);
-        with_features(&guest, &vcpu.fd);
-        if !enable_areas(&vcpu.fd) {
-            println!("skipped: needs a KVM with kvmclock and stolen time");
-            return;
-        }
-        if kvm_areas == KvmAreas::Leave {
-            vcpu.read(&guest, Ring::Three, 0);
-            assert_eq!(guest.source.asked(), 1);
-            vcpu.pager.make_kvm_areas_present(&vcpu.fd).unwrap();
-            assert_eq!(guest.source.asked(), 3);
-            continue;
-        }
-        vcpu.read(&guest, Ring::Three, 0);
-        assert_eq!(guest.source.asked(), 3, "the page read, and two areas");
-        for page in [5, 9] {
-            let granule = pageferry_memory::GranuleIndex::new(page);
-            let state = guest.region.page_map().state(granule);
-            assert_eq!(state, pageferry_memory::State::Present, "{page}");
-        }
-        // KVM has written its clock to it; the version is even when it is complete.
-        let clock = guest.peek(5 * PAGE, 32);
-        if clock == Guest::contents(5 * PAGE, 32) {
-            println!("skipped: needs a KVM that writes kvmclock (it left it as it was)");
-        }
-    }
-}
-
-#[test]
-fn an_area_that_can_never_come_is_an_error() {
-    if !exits() {
-        return;
-    }
-    let _watch = watch(30);
-    let source = Source { poisoned: [5].into(), ..Source::default() };
-    let guest = Guest::new(Config { source, ..Config::default() });
-    let mut vcpu = guest.vcpu(0);
-    with_features(&guest, &vcpu.fd);
-    if !enable_areas(&vcpu.fd) {
-        println!("skipped: needs a KVM with kvmclock and stolen time");
-        return;
-    }
-    let registers = Registers { rdi: at(0), ..Registers::default() };
-    vcpu.prepare(&guest, Ring::Three, &MOV_RAX, registers);
-    match vcpu.pager.run(&mut vcpu.fd) {
-        Err(RunError::Paging(KvmError::AreaPoisoned { area, guest })) => {
-            assert_eq!((area, guest), ("kvmclock", GuestAddress::new(at(5 * PAGE))));
-        }
-        other => panic!("{other:?}"),
     }
 }
 

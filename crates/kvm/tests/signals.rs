@@ -148,6 +148,36 @@ fn kick_out(how: Kick, thread: libc::pthread_t, reports: &mpsc::Receiver<()>) {
     panic!("kicks without end, and none ends a run");
 }
 
+/// A vCPU on a thread of its own.
+struct Running<'scope, T> {
+    handle: thread::ScopedJoinHandle<'scope, T>,
+    id: libc::pthread_t,
+    /// One for each run that a kick has ended.
+    reports: mpsc::Receiver<()>,
+}
+
+/// Lets a vCPU, which has its program, do this on a thread that can be kicked so. It is given what
+/// reports kicks.
+fn start<'scope, T: Send + 'scope>(
+    scope: &'scope thread::Scope<'scope, '_>,
+    how: Kick,
+    mut vcpu: Vcpu,
+    action: impl FnOnce(&mut Vcpu, &mpsc::Sender<()>) -> T + Send + 'scope,
+) -> Running<'scope, T> {
+    let (report, reports) = mpsc::channel();
+    let (send_id, id) = mpsc::channel();
+    let handle = scope.spawn(move || {
+        how.prepare(&mut vcpu);
+        // SAFETY: it has no conditions.
+        send_id.send(unsafe { libc::pthread_self() } as usize).unwrap();
+        let result = action(&mut vcpu, &report);
+        how.finish();
+        result
+    });
+    let id = id.recv_timeout(PATIENCE).unwrap() as libc::pthread_t;
+    Running { handle, id, reports }
+}
+
 /// Kicks while the vCPU waits for a page: each ends the run, none is lost or taken for something
 /// else, and the access is made in the end, in either kind of exit.
 #[test]
@@ -162,39 +192,32 @@ fn a_kick_ends_the_wait_for_a_page() {
             let guest = Guest::new(Config { source: Source::holding(), ..Config::default() });
             thread::scope(|scope| {
                 let guest = &guest;
-                let mut vcpu = guest.vcpu(0);
-                let (report, reports) = mpsc::channel();
-                let (send_id, id) = mpsc::channel();
-                let running = scope.spawn(move || {
-                    how.prepare(&mut vcpu);
+                let vcpu = guest.vcpu(0);
+                let registers = Registers { rdi: at(5 * PAGE), ..Registers::default() };
+                // mov rax, [rdi]
+                vcpu.prepare(guest, ring, &[0x48, 0x8b, 0x07], registers);
+                let Running { handle, id, reports } = start(scope, how, vcpu, |vcpu, report| {
                     let before = SignalSet::blocked();
-                    let registers = Registers { rdi: at(5 * PAGE), ..Registers::default() };
-                    // mov rax, [rdi]
-                    vcpu.prepare(guest, ring, &[0x48, 0x8b, 0x07], registers);
-                    // SAFETY: it has no conditions.
-                    send_id.send(unsafe { libc::pthread_self() } as usize).unwrap();
                     loop {
                         let result = vcpu.pager.run(&mut vcpu.fd).map(|exit| format!("{exit:?}"));
                         assert_eq!(SignalSet::blocked(), before, "the mask is not as it was");
                         match result {
                             Ok(_) => break,
                             Err(error) if error.is_interrupted() => {
-                                assert!(how.kicked(&mut vcpu), "interrupted without a kick");
+                                assert!(how.kicked(vcpu), "interrupted without a kick");
                                 report.send(()).unwrap();
                             }
                             Err(error) => panic!("{error}"),
                         }
                     }
-                    how.finish();
                     (vcpu.fd.get_regs().unwrap().rax, vcpu.pager.stats())
                 });
-                let id = id.recv_timeout(PATIENCE).unwrap() as libc::pthread_t;
                 wait_for("the vCPU to ask", || guest.source.asked() > 0);
                 for _ in 0..KICKS {
                     kick_out(how, id, &reports);
                 }
                 guest.source.release();
-                let (read, stats) = running.join().unwrap();
+                let (read, stats) = handle.join().unwrap();
                 assert_eq!(read, Guest::expected(5 * PAGE), "{how:?} {ring:?}");
                 assert!(stats.interrupted >= 1, "{stats:?}");
             });
@@ -217,32 +240,25 @@ fn no_kick_is_lost_whenever_it_comes() {
         let stop = &AtomicBool::new(false);
         thread::scope(|scope| {
             let guest = &guest;
-            let mut vcpu = guest.vcpu(0);
-            let (report, reports) = mpsc::channel();
-            let (send_id, id) = mpsc::channel();
-            let running = scope.spawn(move || {
-                how.prepare(&mut vcpu);
-                // next: mov al, [rdi]; add rdi, PAGE; dec rcx; jnz next; jmp to itself
-                let code = [
-                    0x8a, 0x07, 0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xf2,
-                    0xeb, 0xfe,
-                ];
-                let registers = Registers { rdi: at(0), rcx: 512, ..Registers::default() };
-                vcpu.prepare(guest, Ring::Three, &code, registers);
-                // SAFETY: it has no conditions.
-                send_id.send(unsafe { libc::pthread_self() } as usize).unwrap();
+            let vcpu = guest.vcpu(0);
+            // next: mov al, [rdi]; add rdi, PAGE; dec rcx; jnz next; jmp to itself
+            let code = [
+                0x8a, 0x07, 0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xf2, 0xeb,
+                0xfe,
+            ];
+            let registers = Registers { rdi: at(0), rcx: 512, ..Registers::default() };
+            vcpu.prepare(guest, Ring::Three, &code, registers);
+            let Running { handle, id, reports } = start(scope, how, vcpu, move |vcpu, report| {
                 while !stop.load(SeqCst) {
                     match vcpu.pager.run(&mut vcpu.fd) {
                         Err(error) if error.is_interrupted() => {}
                         other => panic!("{other:?}"),
                     }
-                    assert!(how.kicked(&mut vcpu), "interrupted without a kick");
+                    assert!(how.kicked(vcpu), "interrupted without a kick");
                     report.send(()).unwrap();
                 }
-                how.finish();
                 vcpu.pager.stats()
             });
-            let id = id.recv_timeout(PATIENCE).unwrap() as libc::pthread_t;
             for number in 0..KICKS {
                 // At another moment of a fault every time.
                 let until = std::time::Instant::now() + Duration::from_micros(number % 97);
@@ -250,11 +266,11 @@ fn no_kick_is_lost_whenever_it_comes() {
                 kick_out(how, id, &reports);
             }
             stop.store(true, SeqCst);
-            while !running.is_finished() {
+            while !handle.is_finished() {
                 kick(id, how.signal());
                 thread::sleep(Duration::from_millis(1));
             }
-            let stats = running.join().unwrap();
+            let stats = handle.join().unwrap();
             assert!(stats.poison > 0, "{stats:?}");
             assert_eq!(stats.foreign_signals, 0, "{stats:?}");
         });

@@ -1,9 +1,6 @@
-//! What is announced, and enabled on a machine made for it.
+//! What is announced, and made.
 
-use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    kvm_create_guest_memfd, kvm_enable_cap,
-};
+use kvm_bindings::kvm_create_guest_memfd;
 use kvm_ioctls::{Cap, Kvm};
 
 use super::{Answer, Shortfall, doing, machine};
@@ -15,45 +12,6 @@ fn missing(reason: impl Into<String>) -> Answer {
 pub(super) fn memory_fault_info(kvm: &Kvm) -> Answer {
     match kvm.check_extension_int(Cap::MemoryFaultInfo) {
         value if value > 0 => Ok("announced".to_owned()),
-        _ => missing("not announced"),
-    }
-}
-
-/// Enables `cap` on a machine made for it.
-fn enable(kvm: &Kvm, cap: u32, argument: u64) -> Result<(), kvm_ioctls::Error> {
-    kvm.create_vm()?.enable_cap(&kvm_enable_cap {
-        cap,
-        args: [argument, 0, 0, 0],
-        ..Default::default()
-    })
-}
-
-pub(super) fn dirty_ring(kvm: &Kvm) -> (Answer, Option<u32>) {
-    let mut why = "not announced".to_owned();
-    for (cap, name) in [
-        (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, "acquire/release"),
-        (KVM_CAP_DIRTY_LOG_RING, "total store order"),
-    ] {
-        let largest = kvm.check_extension_raw(cap.into());
-        let Ok(bytes @ 1..) = u32::try_from(largest) else { continue };
-        match enable(kvm, cap, u64::from(bytes.min(64 << 10))) {
-            Ok(()) => {
-                let size = format!("enabled: {name}, up to {} KiB a vCPU", bytes / 1024);
-                return (Ok(size), Some(bytes));
-            }
-            Err(error) => why = format!("{name}: enabling it: {error}"),
-        }
-    }
-    (missing(why), None)
-}
-
-pub(super) fn manual_protect(kvm: &Kvm) -> Answer {
-    let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
-    match kvm.check_extension_raw(cap.into()) {
-        modes if modes > 0 => match enable(kvm, cap, modes as u64) {
-            Ok(()) => Ok(format!("enabled: modes {modes:#x}")),
-            Err(error) => missing(format!("enabling it: {error}")),
-        },
         _ => missing("not announced"),
     }
 }

@@ -11,13 +11,15 @@ use std::{
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use pageferry_memory::{HostAddress, HostRange, Mapping};
+use pageferry_memory::{GuestAddress, HostAddress, HostRange, Mapping};
 use pageferry_uffd::{
     CopyMode, Features, Options, Outcome, RegisterMode, Registration, Userfaultfd, Wake,
 };
 
 use super::doing;
 use crate::{
+    KvmError,
+    dirty::{DirtyLog, DirtyRing, LogMode, RingSize, TrackedSlot},
     signals::{self, Blocked, SignalSet},
     sys,
 };
@@ -60,6 +62,8 @@ pub(super) enum Ran {
     Out(u8),
     /// A SIGBUS that names this address.
     Marker(HostAddress),
+    /// The guest wants to set this register to this, and its machine's filter says no.
+    SetsRegister(u32, u64),
     /// The guest halted.
     Halt,
     /// The guest had an exception that it cannot handle.
@@ -77,8 +81,15 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    fn new(kvm: &Kvm, pages: u64, flags: u32) -> Result<Self, String> {
+    /// `prepare` is what has to be done before there is a vCPU.
+    fn new(
+        kvm: &Kvm,
+        pages: u64,
+        flags: u32,
+        prepare: impl FnOnce(&VmFd) -> Result<(), String>,
+    ) -> Result<Self, String> {
         let vm = kvm.create_vm().map_err(doing("KVM_CREATE_VM"))?;
+        prepare(&vm)?;
         // Intel processors without unrestricted guest mode need three pages for real mode; others
         // do not care.
         vm.set_tss_address(0xfffb_d000).map_err(doing("KVM_SET_TSS_ADDR"))?;
@@ -102,9 +113,23 @@ impl Machine {
         kvm: &Kvm,
         pages: u64,
         program: &[u8],
-        (al, bl): (u8, u8),
+        low: (u8, u8),
     ) -> Result<Self, String> {
-        let machine = Self::new(kvm, pages, KVM_MEM_LOG_DIRTY_PAGES)?;
+        Self::new(kvm, pages, KVM_MEM_LOG_DIRTY_PAGES, |_| Ok(()))?.at(program, low)
+    }
+
+    /// The same without the dirty log, and with something done before there is a vCPU.
+    pub(super) fn prepared(
+        kvm: &Kvm,
+        pages: u64,
+        program: &[u8],
+        prepare: impl FnOnce(&VmFd) -> Result<(), String>,
+    ) -> Result<Self, String> {
+        Self::new(kvm, pages, 0, prepare)?.at(program, (0, 0))
+    }
+
+    fn at(self, program: &[u8], (al, bl): (u8, u8)) -> Result<Self, String> {
+        let machine = self;
         machine.write(CODE * PAGE, program)?;
         let mut system = machine.vcpu.get_sregs().map_err(doing("KVM_GET_SREGS"))?;
         (system.cs.base, system.cs.selector) = (0, 0);
@@ -121,7 +146,7 @@ impl Machine {
     /// to use ports: there every host runs guests natively. It has this many pages to touch.
     pub(super) fn touching(kvm: &Kvm, pages: u64) -> Result<Self, String> {
         assert!(DATA + pages <= REACH, "the page tables reach {REACH} pages");
-        let machine = Self::new(kvm, DATA + pages, 0)?;
+        let machine = Self::new(kvm, DATA + pages, 0, |_| Ok(()))?;
         machine.write(CODE * PAGE, &TOUCH)?;
         const PRESENT_WRITABLE_USER: u64 = 0b111;
         const LARGE: u64 = 1 << 7;
@@ -169,6 +194,7 @@ impl Machine {
     pub(super) fn run(&mut self) -> Result<Ran, String> {
         Ok(match self.vcpu.run() {
             Ok(VcpuExit::IoOut(port, &[byte])) if port == u16::from(PORT) => Ran::Out(byte),
+            Ok(VcpuExit::X86Wrmsr(exit)) => Ran::SetsRegister(exit.index, exit.data),
             Ok(VcpuExit::Hlt) => Ran::Halt,
             Ok(VcpuExit::Shutdown) => Ran::Shutdown,
             Ok(other) => Ran::Other(format!("{other:?}")),
@@ -200,6 +226,35 @@ impl Machine {
     /// Where the host has these pages.
     pub(super) fn pages(&self, page: u64, count: u64) -> HostRange {
         self.memory.range().skip(page * PAGE).take(count * PAGE)
+    }
+
+    pub(super) fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    fn tracked(&self) -> Vec<TrackedSlot> {
+        vec![TrackedSlot::new(0, GuestAddress::new(0), self.memory.range())]
+    }
+
+    /// Tracks all its memory by the dirty log.
+    pub(super) fn log(&self, mode: LogMode) -> Result<DirtyLog, KvmError> {
+        // SAFETY: the one slot is as it was made.
+        unsafe { DirtyLog::new(&self.vm, self.tracked(), mode) }
+    }
+
+    /// Tracks all its memory by its vCPU's ring.
+    pub(super) fn ring(&self, size: RingSize) -> Result<DirtyRing, KvmError> {
+        // SAFETY: the one slot is as it was made, and the vCPU is this machine's.
+        unsafe { DirtyRing::new(&self.vm, size, self.tracked(), [&self.vcpu]) }
+    }
+
+    /// Sets a register of the vCPU's, for a guest that has left for that.
+    pub(super) fn set_register(&mut self, index: u32, value: u64) -> Result<(), String> {
+        if !sys::set_msr(&self.vcpu, index, value) {
+            return Err(format!("KVM refuses register {index:#x}"));
+        }
+        sys::complete_wrmsr(self.vcpu.get_kvm_run(), true);
+        Ok(())
     }
 
     pub(super) fn memory(&self) -> &Arc<Mapping> {

@@ -5,17 +5,21 @@
 //! its own, with memory of its own; nothing of it is left behind, and nobody's signals are touched.
 
 mod capabilities;
+mod dirty;
 #[allow(unsafe_code)]
 mod machine;
 mod measure;
 mod paging;
 mod poison;
+mod registers;
 mod runs;
 
 use std::{fmt, io, sync::OnceLock};
 
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::Kvm;
+
+pub use pageferry_uffd::probe::Status;
 
 pub use measure::{Measured, measure};
 pub use paging::Paging;
@@ -30,6 +34,9 @@ pub const TWO_DIMENSIONAL: &str = "kvm-two-dimensional";
 pub const RUNS: &str = "kvm-runs";
 /// The finding that a vCPU leaves KVM_RUN for a page with a marker.
 pub const POISON_EXITS: &str = "kvm-poison-exits";
+/// The finding that a guest's write of a register leaves KVM_RUN, and is completed when the register
+/// has been set.
+pub const REGISTER_EXITS: &str = "kvm-register-exits";
 /// The finding that KVM says what it could not access.
 pub const MEMORY_FAULT_INFO: &str = "kvm-memory-fault-info";
 /// The finding that written pages come in a ring.
@@ -38,23 +45,6 @@ pub const DIRTY_RING: &str = "kvm-dirty-ring";
 pub const MANUAL_PROTECT: &str = "kvm-manual-protect";
 /// The finding that guest_memfd can be mapped.
 pub const GUEST_MEMFD: &str = "kvm-guest-memfd";
-
-/// What came of trying something.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Status {
-    /// It works.
-    Works,
-    /// It does not.
-    Missing {
-        /// Why.
-        reason: String,
-    },
-    /// It was not tried.
-    Untested {
-        /// What was lacking for that.
-        reason: String,
-    },
-}
 
 /// One thing tried.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -72,11 +62,7 @@ pub struct Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { what, status, how, .. } = self;
-        match status {
-            Status::Works => write!(f, "{what}: works")?,
-            Status::Missing { reason } => write!(f, "{what}: missing: {reason}")?,
-            Status::Untested { reason } => write!(f, "{what}: untested: {reason}")?,
-        }
+        write!(f, "{what}: {status}")?;
         if how.is_empty() { Ok(()) } else { write!(f, " ({how})") }
     }
 }
@@ -175,7 +161,7 @@ pub fn probe() -> Probe {
     let vendor =
         Finding { how: paging::vendors(), ..finding(VENDOR, "vendor module", Ok(String::new())) };
     let (paging, two_dimensional) = paging::find(&kvm);
-    let (ring, dirty_ring_bytes) = capabilities::dirty_ring(&kvm);
+    let (ring, dirty_ring_bytes) = dirty::ring(&kvm);
     let (memfd, guest_memfd_flags) = capabilities::guest_memfd(&kvm);
     let findings = vec![
         finding(DEVICE, "/dev/kvm", version(&kvm)),
@@ -184,12 +170,17 @@ pub fn probe() -> Probe {
         finding(RUNS, "a guest runs, its writes are in the dirty log", runs::check(&kvm)),
         finding(POISON_EXITS, "a vCPU leaves KVM_RUN for a missing page", poison::check(&kvm)),
         finding(
+            REGISTER_EXITS,
+            "a guest's write of a register that names memory leaves KVM_RUN",
+            registers::check(&kvm),
+        ),
+        finding(
             MEMORY_FAULT_INFO,
             "memory-fault information",
             capabilities::memory_fault_info(&kvm),
         ),
         finding(DIRTY_RING, "dirty ring", ring),
-        finding(MANUAL_PROTECT, "dirty log cleared in ranges", capabilities::manual_protect(&kvm)),
+        finding(MANUAL_PROTECT, "dirty log cleared in ranges", dirty::manual_protect(&kvm)),
         finding(GUEST_MEMFD, "guest_memfd that the host can map", memfd),
     ];
     Probe { findings, paging, dirty_ring_bytes, guest_memfd_flags }

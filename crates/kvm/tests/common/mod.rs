@@ -2,10 +2,11 @@
 #![allow(dead_code, unreachable_pub, unused_imports)] // Each test binary uses a part of it.
 
 mod source;
+pub mod tracker;
 
 use std::sync::Arc;
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use pageferry_kvm::{Exit, VcpuPager, VmPager, VmPagerOptions, probe};
 use pageferry_memory::{Backing, GuestAddress, Layout, Mapping, Region, RegionConfig, RegionId};
@@ -244,6 +245,19 @@ impl Guest {
 /// Where the guest has this offset of its paged memory.
 pub fn at(offset: u64) -> u64 {
     BASE + offset
+}
+
+/// Sets a register of the vCPU's; false when KVM refuses.
+pub fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> bool {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).is_ok_and(|count| count == 1)
+}
+
+pub fn msr(vcpu: &VcpuFd, index: u32) -> u64 {
+    let entry = kvm_msr_entry { index, ..Default::default() };
+    let mut msrs = Msrs::from_entries(&[entry]).unwrap();
+    assert_eq!(vcpu.get_msrs(&mut msrs).unwrap(), 1, "{index:#x}");
+    msrs.as_slice()[0].data
 }
 
 pub struct Vcpu {

@@ -1,4 +1,5 @@
-//! Regions of the memory of a VMM that uses the `vm-memory` crate.
+//! The memory of a VMM that uses the `vm-memory` crate: [`regions`] of memory that it has mapped
+//! itself, and the other way round [`guest_memory`] of regions that were made here.
 //!
 //! That crate's types change with its releases; nothing outside of this module names them.
 
@@ -6,14 +7,19 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use linux_raw_sys::general::HUGETLBFS_MAGIC;
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
-
-use crate::{
-    GuestAddress, HostAddress, HostRange, ImageOffset, Mapping, PageSize, Region, RegionError,
+use vm_memory::bitmap::{BS, Bitmap};
+use vm_memory::{
+    Address, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionCollectionError, GuestRegionMmap,
+    GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
-/// Why the memory of a VMM cannot be taken.
+use crate::{
+    Backing, GuestAddress, HostAddress, HostRange, ImageOffset, Mapping, PageSize, Region,
+    RegionError,
+};
+
+/// Why the memory of a VMM cannot be taken, or none can be made of regions.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AdapterError {
@@ -47,6 +53,22 @@ pub enum AdapterError {
     /// A region was refused.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// The fill view was asked for, and the region has none.
+    #[error("the region at guest address {guest_base} ({backing}) has no fill view")]
+    NoFillView {
+        /// Where the guest has the region.
+        guest_base: GuestAddress,
+        /// What the region's memory is.
+        backing: Backing,
+    },
+    /// The regions together are no guest memory: there is none, or some overlap.
+    #[error("{count} regions as one guest memory: {source}")]
+    Regions {
+        /// How many there are.
+        count: usize,
+        /// What `vm-memory` said.
+        source: GuestRegionCollectionError,
+    },
 }
 
 /// Makes a region of each region of `memory`, in ascending order of guest addresses. Their images
@@ -116,70 +138,153 @@ fn page_size_of<B: Bitmap>(
         .ok_or(AdapterError::UnknownHugePages { guest_base })
 }
 
-#[cfg(all(test, not(loom)))]
-mod tests {
-    use std::fs::File;
-    use std::os::fd::OwnedFd;
+/// Through which of its mappings a region's memory is accessed.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+pub enum View {
+    /// The guest view, in which an access to what is absent is a fault, and waits. It is for
+    /// everybody who acts as the guest's hardware does: devices, loaders, debuggers.
+    ///
+    /// Where faults are delivered as exits of vCPUs only, nobody hears of such a fault: what is
+    /// absent is a memory error then (SIGBUS), and has to be asked for before it is touched.
+    Guest,
+    /// The fill view, in which nothing faults. It is for whoever brings memory, and for looking at
+    /// what has arrived: what is absent reads as zero, and writing does not make it present.
+    Fill,
+}
 
-    use vm_memory::{Bytes, FileOffset, GuestAddress as TheirAddress};
+/// A region as a region of `vm-memory`.
+///
+/// It keeps the region, and so the mapping, alive: a slice borrows from it, and cannot outlive it.
+/// (`GuestRegionMmap` could not say so: it hands out its inner `MmapRegion`, which knows nothing of
+/// whoever owns the memory.) A pointer from `get_host_address` is the caller's to look after.
+#[derive(Debug)]
+pub struct RegionMemory<B = ()> {
+    region: Arc<Region>,
+    view: View,
+    mapping: Arc<Mapping>,
+    bitmap: B,
+}
 
-    use super::*;
-    use crate::{GranuleIndex, HugePagePool, Layout, MemoryFile, MemoryFileKind, RegionId, State};
-
-    const MIB: usize = 1 << 20;
-
-    fn regions_of(memory: &Arc<GuestMemoryMmap>) -> Result<Vec<Region>, AdapterError> {
-        // SAFETY: the tests hold no references to the memory, and leave it mapped.
-        unsafe { regions(memory, None, None) }
+impl<B: Bitmap> RegionMemory<B> {
+    /// The memory of `region` in one of its views. What is written through it is marked in
+    /// `bitmap`, at offsets from the region's beginning; `()` marks nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`AdapterError::NoFillView`].
+    pub fn new(region: &Arc<Region>, view: View, bitmap: B) -> Result<Self, AdapterError> {
+        let mapping = match view {
+            View::Guest => region.guest_view(),
+            View::Fill => region.fill_view().ok_or(AdapterError::NoFillView {
+                guest_base: region.guest_base(),
+                backing: region.backing(),
+            })?,
+        };
+        Ok(Self { region: Arc::clone(region), view, mapping: Arc::clone(mapping), bitmap })
     }
 
-    #[test]
-    fn regions_on_both_sides_of_a_hole() {
-        let ranges = [(TheirAddress(0), 4 * MIB), (TheirAddress(4 << 30), 2 * MIB)];
-        let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
-        let ours = regions_of(&memory).unwrap();
-        assert_eq!(ours.iter().map(Region::len).collect::<Vec<_>>(), [4 << 20, 2 << 20]);
-        assert_eq!(ours[1].guest_base(), GuestAddress::new(4 << 30));
-        assert_eq!(ours[1].image_offset(), ImageOffset::new(4 << 20));
-        assert_eq!(ours[1].granules(), 512);
-        assert_eq!(ours[0].page_map().count(State::Absent), 1024);
-
-        memory.write_slice(b"pageferry", TheirAddress((4 << 30) + 8190)).unwrap();
-        let layout = Layout::new(ours.into_iter().map(Arc::new).collect()).unwrap();
-        let found = layout.find_guest(GuestAddress::new((4 << 30) + 8190)).unwrap();
-        assert_eq!(found, (RegionId::new(1), GranuleIndex::new(1)));
-        // The regions keep the memory alive.
-        drop(memory);
-        let mut read = [0; 9];
-        layout.get(found.0).unwrap().guest_view().read_at(8190, &mut read).unwrap();
-        assert_eq!(&read, b"pageferry");
+    /// The region.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
     }
 
-    fn memory_on(kind: MemoryFileKind, len: usize) -> Arc<GuestMemoryMmap> {
-        let file = MemoryFile::create("vm-memory", len as u64, kind).unwrap();
-        let fd: OwnedFd = file.fd().try_clone_to_owned().unwrap();
-        let file = FileOffset::new(File::from(fd), 0);
-        let ranges = [(TheirAddress(0), len, Some(file))];
-        Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap())
-    }
-
-    #[test]
-    fn a_memfd_has_base_pages() {
-        let memory = memory_on(MemoryFileKind::Normal, MIB);
-        let ours = regions_of(&memory).unwrap();
-        assert_eq!(ours[0].page_size(), PageSize::base());
-        assert_eq!(ours[0].granules(), 256);
-    }
-
-    #[test]
-    fn huge_pages_are_recognized() {
-        let size = PageSize::SIZE_2M;
-        if HugePagePool::read(size).map_or(0, |pool| pool.available()) < 2 {
-            println!("skipped: needs 2 free huge pages of {size}");
-            return;
-        }
-        let ours = regions_of(&memory_on(MemoryFileKind::Hugetlb(size), 4 * MIB)).unwrap();
-        assert_eq!(ours[0].page_size(), size);
-        assert_eq!(ours[0].granules(), 2);
+    /// The view.
+    pub fn view(&self) -> View {
+        self.view
     }
 }
+
+impl<B: Bitmap> GuestMemoryRegion for RegionMemory<B> {
+    type B = B;
+
+    fn len(&self) -> GuestUsize {
+        self.region.len()
+    }
+
+    fn start_addr(&self) -> vm_memory::GuestAddress {
+        self.region.guest_base().into()
+    }
+
+    fn bitmap(&self) -> BS<'_, B> {
+        self.bitmap.slice_at(0)
+    }
+
+    fn get_host_address(&self, address: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
+        let address = self.check_address(address).ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        Ok(self.mapping.as_ptr().wrapping_add(address.raw_value() as usize))
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> Result<VolatileSlice<'_, BS<'_, B>>, GuestMemoryError> {
+        let offset = offset.raw_value();
+        if offset.checked_add(count as u64).is_none_or(|end| end > self.region.len()) {
+            return Err(GuestMemoryError::InvalidBackendAddress);
+        }
+        let offset = offset as usize;
+        let start = self.mapping.as_ptr().wrapping_add(offset);
+        // SAFETY: all of the bytes lie in the mapping, which `self` shares and from which the slice
+        // borrows; of a mapping's bytes nobody has a Rust reference.
+        Ok(unsafe { VolatileSlice::with_bitmap(start, count, self.bitmap.slice_at(offset), None) })
+    }
+
+    fn is_hugetlbfs(&self) -> Option<bool> {
+        Some(self.region.page_size() != PageSize::base())
+    }
+}
+
+impl<B: Bitmap> GuestMemoryRegionBytes for RegionMemory<B> {}
+
+/// The memory of regions, as `vm-memory` and what builds on it (virtio, loaders) use it: a
+/// [`GuestMemoryBackend`]. It keeps the regions alive.
+///
+/// `regions` may come in any order; those of a [`Layout`](crate::Layout) are
+/// `layout.iter().map(|(_, region)| region)`.
+///
+/// # Errors
+///
+/// See [`AdapterError`].
+pub fn guest_memory<'r>(
+    regions: impl IntoIterator<Item = &'r Arc<Region>>,
+    view: View,
+) -> Result<GuestRegionCollection<RegionMemory>, AdapterError> {
+    guest_memory_with(regions, view, |_| ())
+}
+
+/// As [`guest_memory`], with a bitmap for each region, in which whoever writes through this memory
+/// marks it.
+///
+/// # Errors
+///
+/// See [`AdapterError`].
+pub fn guest_memory_with<'r, B: Bitmap>(
+    regions: impl IntoIterator<Item = &'r Arc<Region>>,
+    view: View,
+    mut bitmap: impl FnMut(&Arc<Region>) -> B,
+) -> Result<GuestRegionCollection<RegionMemory<B>>, AdapterError> {
+    let mut theirs = regions
+        .into_iter()
+        .map(|region| RegionMemory::new(region, view, bitmap(region)))
+        .collect::<Result<Vec<_>, _>>()?;
+    theirs.sort_by_key(GuestMemoryRegion::start_addr);
+    let count = theirs.len();
+    GuestRegionCollection::from_regions(theirs)
+        .map_err(|source| AdapterError::Regions { count, source })
+}
+
+impl From<GuestAddress> for vm_memory::GuestAddress {
+    fn from(address: GuestAddress) -> Self {
+        Self(address.get())
+    }
+}
+
+impl From<vm_memory::GuestAddress> for GuestAddress {
+    fn from(address: vm_memory::GuestAddress) -> Self {
+        Self::new(address.raw_value())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests;

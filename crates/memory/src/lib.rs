@@ -16,7 +16,7 @@
 //! # Feature flags
 //!
 //! `vm-memory` adds the module `adapter`, which makes regions of the memory of a
-//! VMM that uses the `vm-memory` crate.
+//! VMM that uses the `vm-memory` crate, and such a memory of regions.
 #![deny(unsafe_code)]
 
 #[cfg(feature = "vm-memory")]

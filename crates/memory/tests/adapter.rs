@@ -3,7 +3,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use pageferry_memory::{Layout, MemoryFile, MemoryFileKind, PageSize, Region, RegionId, adapter};
+use pageferry_memory::{
+    Backing, Layout, MemoryFile, MemoryFileKind, PageSize, Region, RegionConfig, RegionId, State,
+    adapter::{self, View},
+};
 use pageferry_paging::{
     Completion, Delivery, Events, InstallMethod, PageSink, PageSource, Pager, Prefetch, SinkError,
     SourceError, Span, Status, Urgency,
@@ -187,4 +190,41 @@ fn the_adapter_serves_guest_memory_of_huge_pages() {
         let memory = on_file("adapter", kind, 2 * size.bytes() as usize);
         served(&format!("{delivery} huge"), &memory, delivery, InstallMethod::Copy);
     }
+}
+
+/// The other way round: regions made here, which a VMM's devices access through `vm-memory`.
+#[test]
+fn guest_memory_over_regions_faults_in_the_guest_view_only() {
+    if !userfaultfd() {
+        return;
+    }
+    let _watch = watch(20);
+    let regions = [(0, MIB), (HIGH, MIB / 2)].map(|(base, len)| {
+        let mut config = RegionConfig::new(len as u64, Backing::Memfd);
+        config.guest_base = GuestAddress(base).into();
+        Arc::new(Region::new(&config).unwrap())
+    });
+    let guest = adapter::guest_memory(&regions, View::Guest).unwrap();
+    let fill = adapter::guest_memory(&regions, View::Fill).unwrap();
+    let pager = Pager::builder(Layout::new(regions.to_vec()).unwrap())
+        .delivery(Delivery::Queue)
+        .install(Some(InstallMethod::Continue))
+        .prefetch(Prefetch::NONE)
+        .start(Arc::new(Pattern::default()))
+        .unwrap();
+    let demand = || pager.statistics().counts.demand;
+
+    let address = GuestAddress(HIGH + 8184);
+    assert_eq!(fill.read_obj::<u64>(address).unwrap(), 0, "absent, and no fault");
+    assert_eq!(demand(), 0);
+    // Across a page boundary.
+    let expected = [8184, 8192].map(|offset| word(RegionId::new(1), offset));
+    assert_eq!(guest.read_obj::<[u64; 2]>(address).unwrap(), expected);
+    assert_eq!(demand(), 2);
+    assert_eq!(fill.read_obj::<[u64; 2]>(address).unwrap(), expected, "it is there");
+    assert_eq!(regions[1].page_map().count(State::Present), 2);
+    // What has come stays with the VMM.
+    drop(pager);
+    guest.write_obj(1_u64, address).unwrap();
+    assert_eq!(fill.read_obj::<u64>(address).unwrap(), 1);
 }

@@ -1,5 +1,7 @@
 //! Starting a pager: what can be asked for, and how it is brought about.
 
+mod error;
+
 use std::{
     io,
     sync::{
@@ -8,17 +10,17 @@ use std::{
     },
 };
 
-use pageferry_memory::{Layout, Mapping, MappingError};
-use pageferry_uffd::{
-    Features, OpenError, OpenWay, Options, RegisterError, RegisterMode, Registration, UffdError,
-    Userfaultfd, Wake,
-};
+use pageferry_memory::{Advice, Backing, Layout, Mapping};
+use pageferry_uffd::{Features, OpenWay, Options, RegisterMode, Registration, Userfaultfd, Wake};
 use rustix::event::EventfdFlags;
 
+pub use error::StartError;
+
 use crate::{
-    Delivery, PageSource, Pager, SourceError, background,
+    Delivery, PageSource, Pager, WriteObserver, WriteTracking, background,
     children::KeptOut,
     choose::{self, Hints},
+    closed::Closed,
     core::{Core, Health},
     delivery::{
         ReaderConfig, dispatch::HashOf, signal::Registered, spawn_dispatched, spawn_reader,
@@ -31,7 +33,8 @@ use crate::{
     slot::SourceSlot,
     staging::{Movable, Staging},
     stats::Stats,
-    views::Views,
+    tracking::Tracking,
+    views::{View, Views},
 };
 
 /// What of the guest's process is followed beyond its faults.
@@ -46,59 +49,6 @@ pub enum Events {
     Ignore,
 }
 
-/// Why a pager could not be started.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StartError {
-    /// No userfaultfd to be had.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// A range could not be registered.
-    #[error("registering region {region}: {error}")]
-    Register {
-        /// The region's number.
-        region: u16,
-        /// What the kernel said.
-        #[source]
-        error: RegisterError,
-    },
-    /// The absent pages of a region could not be marked for vCPUs to leave KVM_RUN.
-    #[error("marking the absent pages of region {region}: {error}")]
-    Mark {
-        /// The region's number.
-        region: u16,
-        /// What the kernel said.
-        #[source]
-        error: UffdError,
-    },
-    /// The install asked for does not fit a region.
-    #[error("region {region}: {why}")]
-    Install {
-        /// The region's number.
-        region: u16,
-        /// Why not.
-        why: String,
-    },
-    /// Memory for staging could not be had.
-    #[error("staging memory: {0}")]
-    Staging(#[from] MappingError),
-    /// The source does not fit, or is not there.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// A thread or descriptor could not be had.
-    #[error("{what}: {error}")]
-    Resources {
-        /// What was being made.
-        what: &'static str,
-        /// Why not.
-        #[source]
-        error: io::Error,
-    },
-    /// Signal delivery needs a source that can be asked from a signal handler.
-    #[error("delivery by signal needs a page source that can be asked from a signal handler")]
-    SourceNotSignalSafe,
-}
-
 /// Options of a [`Pager`]. Everything has a default but the memory and the source.
 pub struct Builder {
     layout: Layout,
@@ -109,6 +59,9 @@ pub struct Builder {
     hints: Hints,
     batch: usize,
     ways: Option<Vec<OpenWay>>,
+    tracking: WriteTracking,
+    observer: Option<Arc<dyn WriteObserver>>,
+    without: Features,
 }
 
 /// What was chosen when a pager started.
@@ -137,6 +90,9 @@ impl Builder {
             hints: Hints::default(),
             batch: 64,
             ways: None,
+            tracking: WriteTracking::Off,
+            observer: None,
+            without: Features::empty(),
         }
     }
 
@@ -182,6 +138,25 @@ impl Builder {
         self
     }
 
+    /// Whether writes are noticed while memory arrives, and how. Default [`WriteTracking::Off`].
+    pub fn write_tracking(mut self, tracking: WriteTracking) -> Self {
+        self.tracking = tracking;
+        self
+    }
+
+    /// Who is told of writes ([`WriteTracking::Blocking`] needs one) and of what is removed.
+    pub fn write_observer(mut self, observer: Arc<dyn WriteObserver>) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    /// Does as if the kernel did not have these features, for tests.
+    #[doc(hidden)]
+    pub fn without_features(mut self, features: Features) -> Self {
+        self.without = features;
+        self
+    }
+
     /// Registers the memory, attaches the source, and starts delivering faults. The guest may
     /// touch the memory from here on; what it touched before is not absent any more.
     ///
@@ -195,6 +170,9 @@ impl Builder {
         }
         let targets = self.targets(&opened)?;
         let mut kept_out = KeptOut::default();
+        if !opened.poisons {
+            keep_huge_pages_out(&targets);
+        }
         let registrations = self.register(&targets, delivery, &mut kept_out)?;
         let granule = self.layout.iter().map(|(_, region)| region.granule().bytes()).max();
         let movable = targets
@@ -221,6 +199,7 @@ impl Builder {
             pending: Pending::new(),
             prefetcher: Prefetcher::new(self.prefetch),
             movable,
+            tracking: Tracking::new(self.tracking, self.observer.clone()),
             events_read: AtomicU32::new(0),
             source_changed: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
@@ -270,10 +249,11 @@ impl Builder {
         let mut required = Features::empty();
         // Whether the signal feature exists at all is known only from the kernel: ask once.
         let probe = self.options(required, optional).open()?;
-        let available = probe.negotiated().available;
+        let available = probe.negotiated().available.difference(self.without);
         let signal_available = available.contains(Features::SIGBUS);
         let (delivery, why) =
             choose::choose_delivery(self.delivery, self.hints, signal_safe, signal_available);
+        let (delivery, why) = self.unsplit(delivery, why);
         match delivery {
             Delivery::Signal => required |= Features::SIGBUS,
             Delivery::ByThread(_) | Delivery::ByCpu(_) => required |= Features::THREAD_ID,
@@ -283,14 +263,41 @@ impl Builder {
         if self.events == Events::Watch {
             optional |= events;
         }
+        if let Some(why) = self.tracking.refuses(delivery, &self.layout, self.observer.is_some()) {
+            return Err(StartError::Tracking { why });
+        }
+        required |= self.tracking.features(&self.layout);
+        if self.tracking == WriteTracking::Blocking {
+            optional |= Features::THREAD_ID;
+        }
         let count = if let Delivery::Sharded(shards) = delivery { shards } else { 1 };
         let uffds = (0..count)
             .map(|_| self.options(required, optional).open().map(Arc::new))
-            .collect::<Result<_, _>>()?;
-        Ok(Opened { uffds, delivery, why, available, signal_safe })
+            .collect::<Result<Vec<Arc<Userfaultfd>>, _>>()?;
+        let poisons = uffds.iter().all(|uffd| uffd.negotiated().enabled.contains(Features::POISON));
+        Ok(Opened { uffds, delivery, why, available, signal_safe, poisons })
+    }
+
+    /// `auto` does not split memory that may be moved: where two userfaultfds meet two mappings do,
+    /// and `mremap` of a range with such a place in it is EFAULT. What regions map themselves
+    /// nobody may move.
+    fn unsplit(&self, delivery: Delivery, why: String) -> (Delivery, String) {
+        let moves = self.events == Events::Watch
+            && self.layout.iter().any(|(_, region)| region.backing() == Backing::External);
+        match delivery {
+            Delivery::Sharded(n) if self.delivery == Delivery::Auto && moves => {
+                let why = format!(
+                    "{why}; but memory of an embedder may be moved, which the kernel refuses across \
+                     the places where it is split: {n} readers of one queue"
+                );
+                (Delivery::QueueN(n), why)
+            }
+            _ => (delivery, why),
+        }
     }
 
     fn options(&self, required: Features, optional: Features) -> Options {
+        let optional = optional.difference(self.without);
         let options = Options::new().required(required).optional(optional);
         match &self.ways {
             Some(ways) => options.ways(ways.clone()),
@@ -313,7 +320,7 @@ impl Builder {
                 let method = choose::granule(region, self.events == Events::Watch)
                     .and_then(|()| {
                         let exits = opened.delivery.exits();
-                        choose::method(self.install, region, opened.available, exits)
+                        choose::method(self.install, region, opened.available, exits, self.tracking)
                     })
                     .map_err(|why| StartError::Install { region: id.get(), why })?;
                 // Whole pages of the backing, so that every shard can be registered.
@@ -329,7 +336,16 @@ impl Builder {
                     granules_per_shard: per_shard,
                     wake,
                     zeropage: region.page_size() == pageferry_memory::PageSize::SIZE_4K
-                        && !opened.delivery.exits(),
+                        && !opened.delivery.exits()
+                        && self.tracking == WriteTracking::Off,
+                    tracking: self.tracking,
+                    // Where writes are tracked, what is mapped later counts as written.
+                    lazy: opened.delivery.exits()
+                        && region.vcpu_view().is_some()
+                        && method == InstallMethod::Continue
+                        && self.tracking == WriteTracking::Off,
+                    vcpus_tracked: !opened.delivery.exits(),
+                    closed: Closed::new(opened.poisons),
                 })
             })
             .collect()
@@ -354,6 +370,10 @@ impl Builder {
                     error,
                 })?;
             }
+            let tracked = |view| match target.tracked(view) {
+                true => RegisterMode::WP,
+                false => RegisterMode::empty(),
+            };
             let both = RegisterMode::MISSING | RegisterMode::MINOR;
             // Where nobody reads faults, a page that is there and was only unmapped (reclaimed, say)
             // must be no fault. What is absent is marked, and CONTINUE asks for no mode.
@@ -375,17 +395,38 @@ impl Builder {
                     })?);
                     Ok::<(), StartError>(())
                 };
-                register(region.guest_view(), region.host_range(part), mode)?;
+                register(
+                    region.guest_view(),
+                    region.host_range(part),
+                    mode | tracked(View::Guest),
+                )?;
                 if let Some(view) = region.vcpu_view() {
                     // What came is mapped here by CONTINUE, however it came.
                     let offset = part.first().get() << region.granule().shift();
                     let len = part.count() << region.granule().shift();
-                    register(view, view.range().split_at(offset).1.split_at(len).0, vcpu_mode)?;
+                    let range = view.range().split_at(offset).1.split_at(len).0;
+                    register(view, range, vcpu_mode | tracked(View::Vcpu))?;
                 }
                 rest = after;
             }
         }
         Ok(registrations)
+    }
+}
+
+/// Before Linux 6.4, collapsing pages of shared memory into a huge page fills what is absent with
+/// zeros, in spite of a registration ("mm/khugepaged: skip shmem with userfaultfd"). There is no way to
+/// ask for that; what POISON (6.6) is missing from may be that old.
+fn keep_huge_pages_out(targets: &[Target]) {
+    for region in targets.iter().map(|target| &target.region) {
+        let shared = region.file().is_some() || region.backing() == Backing::External;
+        let views = std::iter::once(region.guest_view()).chain(region.fill_view());
+        for view in views.chain(region.vcpu_view()).filter(|_| shared) {
+            // EINVAL: hugetlb, or a kernel without such huge pages. There are none to keep out.
+            if let Err(error) = view.advise(view.range(), Advice::NoHugePage) {
+                tracing::debug!("keeping huge pages out of {}: {error}", view.range());
+            }
+        }
     }
 }
 
@@ -395,6 +436,7 @@ struct Opened {
     why: String,
     available: Features,
     signal_safe: bool,
+    poisons: bool,
 }
 
 impl Pager {
@@ -456,3 +498,6 @@ impl Pager {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

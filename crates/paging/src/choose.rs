@@ -5,7 +5,7 @@ use std::num::NonZero;
 use pageferry_memory::{Backing, PageSize, Region};
 use pageferry_uffd::Features;
 
-use crate::{delivery::Delivery, install::InstallMethod};
+use crate::{WriteTracking, delivery::Delivery, install::InstallMethod};
 
 /// What an embedder knows about its guest, for [`Delivery::Auto`].
 #[derive(Copy, Clone, Debug, Default)]
@@ -104,12 +104,16 @@ pub(crate) fn granule(region: &Region, events_watched: bool) -> Result<(), Strin
     Ok(())
 }
 
+const CONTINUE_UNPROTECTED: &str = "CONTINUE leaves pages unprotected on this kernel, so that writes to them would be missed: \
+     install by COPY, into the guest view only";
+
 /// Why a region cannot be installed into as asked.
 pub(crate) fn method(
     wanted: Option<InstallMethod>,
     region: &Region,
     available: Features,
     exits: bool,
+    tracking: WriteTracking,
 ) -> Result<InstallMethod, String> {
     let minor = match region.backing() {
         Backing::Hugetlb(_) => Features::MINOR_HUGETLBFS,
@@ -120,7 +124,12 @@ pub(crate) fn method(
                     here: let KVM use the guest view"
             .into());
     }
-    let can_continue = region.fill_view().is_some() && available.contains(minor);
+    // No feature tells of CONTINUE that protects (Linux 6.4); what has POISON (6.6) has it, too.
+    let protecting = tracking == WriteTracking::Off || available.contains(Features::POISON);
+    if region.vcpu_view().is_some() && !protecting {
+        return Err(CONTINUE_UNPROTECTED.into());
+    }
+    let can_continue = region.fill_view().is_some() && available.contains(minor) && protecting;
     match wanted {
         None if can_continue => Ok(InstallMethod::Continue),
         None | Some(InstallMethod::Copy) => Ok(InstallMethod::Copy),
@@ -128,12 +137,16 @@ pub(crate) fn method(
             "CONTINUE needs a fill view, and {} has none: use memfd or hugetlb with a fill view",
             region.backing()
         )),
+        Some(InstallMethod::Continue) if !protecting => Err(CONTINUE_UNPROTECTED.into()),
         Some(InstallMethod::Continue) if !can_continue => {
             Err("CONTINUE needs minor faults, which this kernel does not offer here".into())
         }
         Some(InstallMethod::Continue) => Ok(InstallMethod::Continue),
         Some(InstallMethod::Move) if exits => {
             Err("MOVE does not replace the markers that vCPUs leave KVM_RUN for".into())
+        }
+        Some(InstallMethod::Move) if tracking != WriteTracking::Off => {
+            Err("what MOVE brings is not write-protected, so that it would count as written".into())
         }
         Some(InstallMethod::Move) if !available.contains(Features::MOVE) => {
             Err("MOVE needs Linux 6.8 or newer".into())

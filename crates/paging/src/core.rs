@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::*},
     },
     time::Duration,
@@ -13,7 +13,7 @@ use pageferry_uffd::{Userfaultfd, Wake};
 use rustix::thread::futex;
 
 use crate::{
-    Completion, Fill, SinkError, SourceError, Span, Urgency,
+    Completion, SinkError, SourceError, Span, Urgency,
     delivery::signal::in_handler,
     gate::{Gate, Inside},
     install::{Data, InstallMethod, Progress, Target, requested},
@@ -22,6 +22,8 @@ use crate::{
     slot::SourceSlot,
     staging::{Movable, Staging},
     stats::{Counter, Stats, Timed},
+    tracking::Tracking,
+    views::View,
 };
 
 /// Called by an install that found the address space changing, outside the gate: returns when
@@ -40,6 +42,7 @@ pub(crate) struct Core {
     pub(crate) prefetcher: Prefetcher,
     pub(crate) staging: Staging,
     pub(crate) movable: Option<Movable>,
+    pub(crate) tracking: Tracking,
     /// Bumped whenever events were read and applied.
     pub(crate) events_read: AtomicU32,
     /// Bumped whenever a source is attached, lost, or the pager stops: what a thread without a
@@ -81,7 +84,7 @@ impl Core {
     }
 
     /// Installs what `data` holds for `whole`, wherever it is still requested.
-    fn answer(
+    pub(crate) fn answer(
         &self,
         target: &Target,
         whole: GranuleRange,
@@ -91,10 +94,15 @@ impl Core {
         let arrived = self.stats.now();
         // Before the install: completion is noticed, and agreed upon, as soon as the last granule
         // is published.
-        self.from_source.fetch_add(count_requested(target.region.page_map(), whole), Relaxed);
+        self.count_answered(target, whole);
         self.install(target, whole, data, changing)?;
         self.account(target, whole, arrived);
         Ok(())
+    }
+
+    pub(crate) fn count_answered(&self, target: &Target, granules: GranuleRange) {
+        let requested = count_requested(target.region.page_map(), granules);
+        self.from_source.fetch_add(requested, Relaxed);
     }
 
     /// Installs across address-space changes, and fails closed where the kernel refuses.
@@ -128,14 +136,28 @@ impl Core {
                 }
                 Progress::Refused { at, why } => {
                     let left = GranuleRange::new(at, whole.end().get() - at.get());
-                    let span = target.span(left);
-                    if !in_handler() {
-                        self.health().refused = Some(format!("{span}: {why}"));
-                    }
-                    self.poison_now(target, left, changing)?;
-                    return Err(SinkError::Install { span, why });
+                    return Err(self.refused(target, left, why, changing));
                 }
             }
+        }
+    }
+
+    /// The kernel has no memory for these granules, or refuses them otherwise: they are an error
+    /// for who touches them.
+    pub(crate) fn refused(
+        &self,
+        target: &Target,
+        granules: GranuleRange,
+        why: String,
+        changing: &dyn AddressSpaceChanging,
+    ) -> SinkError {
+        let span = target.span(granules);
+        if !in_handler() {
+            self.health().refused = Some(format!("{span}: {why}"));
+        }
+        match self.poison_now(target, granules, changing) {
+            Ok(()) => SinkError::Install { span, why },
+            Err(error) => error,
         }
     }
 
@@ -156,6 +178,13 @@ impl Core {
             let left = GranuleRange::new(at, rest.end().get() - at.get());
             let Some(run) = requested(map, left) else { break };
             self.stats.add(Counter::duplicate, run.first().get() - at.get());
+            let (backed, shortage) = target.back(run);
+            if backed.is_empty()
+                && let Some(why) = shortage
+            {
+                return Progress::Refused { at: run.first(), why };
+            }
+            let run = backed;
             let from = ((run.first().get() - whole.first().get()) << shift) as usize;
             let len = (run.count() << shift) as usize;
             let copied: Result<(), std::convert::Infallible> =
@@ -185,7 +214,7 @@ impl Core {
         self.stats.add(Counter::poisoned, map.poison(granules));
         let mut rest = granules;
         loop {
-            let progress = target.mark_poisoned(&self.gate.install(), rest);
+            let progress = target.mark_poisoned(&self.gate.install(), rest, &self.stats);
             match progress {
                 Progress::Done => return Ok(()),
                 Progress::Changing(at) => {
@@ -215,95 +244,6 @@ impl Core {
                 self.stats.time(Timed::Total, elapsed(request.at, now));
             }
         }
-    }
-
-    /// Whether bytes may be received straight into the fill view: nobody can take the granule
-    /// away meanwhile.
-    fn fills_in_place(&self, target: &Target, granules: GranuleRange) -> bool {
-        target.method == InstallMethod::Continue
-            && !self.gate.events_watched()
-            && requested(target.region.page_map(), granules) == Some(granules)
-    }
-
-    /// [`PageSink::fill`], with the caller's way of letting events be read.
-    pub(crate) fn fill_with(
-        &self,
-        span: Span,
-        fill: &mut Fill<'_>,
-        changing: &dyn AddressSpaceChanging,
-    ) -> Result<(), SinkError> {
-        let target = self.target(span)?;
-        let granule = target.region.granule().bytes();
-        let mut rest = span.granules;
-        while !rest.is_empty() {
-            let most = (self.staging.buffer_len() / granule).max(1).min(rest.count());
-            let (piece, after) = rest.split_at(most);
-            let len = (piece.count() * granule) as usize;
-            if self.fills_in_place(target, piece) {
-                target.with_fill_bytes(piece, |bytes| fill(bytes))?;
-                self.answer(target, piece, Data::InPlace, changing)?;
-            } else if let Some(mut pages) = self.movable_pages(target, len) {
-                fill(&mut pages.bytes()[..len])?;
-                self.answer(target, piece, Data::Movable(&pages), changing)?;
-            } else {
-                let mut staged = self.staging.take();
-                let bytes = &mut staged.bytes()[..len];
-                fill(bytes)?;
-                self.answer(target, piece, Data::Bytes(bytes), changing)?;
-            }
-            rest = after;
-        }
-        Ok(())
-    }
-
-    fn movable_pages(
-        &self,
-        target: &Target,
-        len: usize,
-    ) -> Option<crate::staging::MovablePages<'_>> {
-        if target.method != InstallMethod::Move || len as u64 > Movable::BUFFER {
-            return None;
-        }
-        let pages = self.movable.as_ref().and_then(Movable::try_take);
-        if pages.is_none() {
-            self.stats.add(Counter::move_fallbacks, 1);
-        }
-        pages
-    }
-
-    pub(crate) fn page_with(
-        &self,
-        span: Span,
-        bytes: &[u8],
-        changing: &dyn AddressSpaceChanging,
-    ) -> Result<(), SinkError> {
-        let target = self.target(span)?;
-        let expected = span.granules.count() * target.region.granule().bytes();
-        if bytes.len() as u64 != expected {
-            return Err(SinkError::WrongLength { span, expected, got: bytes.len() as u64 });
-        }
-        self.answer(target, span.granules, Data::Bytes(bytes), changing)
-    }
-
-    pub(crate) fn zero_with(
-        &self,
-        span: Span,
-        changing: &dyn AddressSpaceChanging,
-    ) -> Result<(), SinkError> {
-        let target = self.target(span)?;
-        self.stats.add(Counter::zero, span.granules.count());
-        if target.zeropage && target.method != InstallMethod::Continue {
-            return self.answer(target, span.granules, Data::Zero, changing);
-        }
-        // CONTINUE needs a page in the page cache, and hugetlb has no zero page: bytes it is.
-        self.fill_with(
-            span,
-            &mut |bytes| {
-                bytes.fill(0);
-                Ok(())
-            },
-            changing,
-        )
     }
 
     /// A source of `generation` failed: the guest stalls, nothing is poisoned.
@@ -345,7 +285,7 @@ impl Core {
     /// Wakes every thread that waits in the kernel, so that it faults again and is seen afresh.
     pub(crate) fn wake_everything(&self) {
         let inside = self.gate.install();
-        self.each_place(&inside, |target, uffd, host| {
+        self.each_place(&inside, |target, _, uffd, host| {
             if target.wake == Wake::Yes
                 && let Err(error) = uffd.wake(host)
             {
@@ -359,7 +299,7 @@ impl Core {
     pub(crate) fn each_place(
         &self,
         inside: &Inside<'_>,
-        mut visit: impl FnMut(&Target, &Userfaultfd, HostRange),
+        mut visit: impl FnMut(&Target, View, &Arc<Userfaultfd>, HostRange),
     ) {
         for target in &self.targets {
             let mut rest = target.region.all_granules();
@@ -371,13 +311,13 @@ impl Core {
                         part = part.split_at(1).1;
                         continue;
                     };
-                    visit(target, uffd, host);
+                    visit(target, View::Guest, uffd, host);
                     part = part.split_at(placed.count()).1;
                 }
                 rest = after;
             }
-            target.each_vcpu_place(inside, target.region.all_granules(), |uffd, host| {
-                visit(target, uffd, host);
+            target.each_vcpu_place(inside, target.region.all_granules(), |uffd, host, _| {
+                visit(target, View::Vcpu, uffd, host);
             });
         }
     }
@@ -418,39 +358,5 @@ impl AddressSpaceChanging for WaitForReader<'_> {
         let seen = self.0.events_read.load(Acquire);
         let millisecond = futex::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
         let _ = futex::wait(&self.0.events_read, futex::Flags::PRIVATE, seen, Some(&millisecond));
-    }
-}
-
-impl Core {
-    pub(crate) fn push_with(
-        &self,
-        span: Span,
-        bytes: &[u8],
-        changing: &dyn AddressSpaceChanging,
-    ) -> Result<u64, SinkError> {
-        let target = self.target(span)?;
-        let granule = target.region.granule().bytes();
-        let expected = span.granules.count() * granule;
-        if bytes.len() as u64 != expected {
-            return Err(SinkError::WrongLength { span, expected, got: bytes.len() as u64 });
-        }
-        let map = target.region.page_map();
-        let mut taken = 0;
-        let mut rest = span.granules;
-        while !rest.is_empty() {
-            let won = map.claim_run(rest);
-            if won.is_empty() {
-                self.stats.add(Counter::duplicate, 1);
-                rest = rest.split_at(1).1;
-                continue;
-            }
-            let from = ((won.first().get() - span.granules.first().get()) * granule) as usize;
-            let len = (won.count() * granule) as usize;
-            self.answer(target, won, Data::Bytes(&bytes[from..from + len]), changing)?;
-            taken += won.count();
-            rest = rest.split_at(won.end().get() - rest.first().get()).1;
-        }
-        self.stats.add(Counter::pushed, taken);
-        Ok(taken)
     }
 }

@@ -73,7 +73,9 @@ fn apply(
         Event::Remove(range) => {
             for (region, granules) in views.shown(range) {
                 discard(core, region, granules);
+                core.targets[usize::from(region.get())].open_removed(views, granules);
             }
+            core.tracking.removed(range);
             wake.push(range);
         }
         Event::Unmap(range) => {

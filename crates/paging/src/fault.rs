@@ -6,7 +6,7 @@ use pageferry_memory::{GranuleIndex, GranuleRange, HostAddress, RegionId, State}
 use pageferry_uffd::FaultKind;
 
 use crate::{
-    SinkError, Span, Urgency,
+    SinkError, Span, Urgency, WriteTracking,
     core::{AddressSpaceChanging, Core},
     delivery::signal::in_handler,
     install::{Progress, Target},
@@ -79,6 +79,10 @@ impl Core {
             return;
         }
         for (order, fault) in faults.drain(..).enumerate() {
+            if self.is_tracked_write(fault) {
+                self.written(fault, changing);
+                continue;
+            }
             match self.find(fault.address) {
                 Some((region, granule)) => groups.push(Group {
                     order,
@@ -111,11 +115,19 @@ impl Core {
 
     /// Handles one fault.
     pub(crate) fn fault(&self, fault: Arrived, changing: &dyn AddressSpaceChanging) -> Handled {
+        if self.is_tracked_write(fault) {
+            self.written(fault, changing);
+            return Handled::There;
+        }
         let Some((region, granule)) = self.find(fault.address) else {
             self.stray(fault);
             return Handled::NotOurs;
         };
         self.demand(region, GranuleRange::new(granule, 1), fault.kind, fault.at, changing)
+    }
+
+    fn is_tracked_write(&self, fault: Arrived) -> bool {
+        fault.kind == FaultKind::WriteProtect && self.tracking.mode == WriteTracking::Blocking
     }
 
     pub(crate) fn find(&self, address: HostAddress) -> Option<(RegionId, GranuleIndex)> {
@@ -310,7 +322,11 @@ impl Core {
         // It cannot come: an error for who touches it, and not for ever nothing. With memory to be
         // had again, a later touch by signal may still succeed.
         loop {
-            match target.poison_absent(&self.gate.install(), GranuleRange::one(granule)) {
+            match target.poison_absent(
+                &self.gate.install(),
+                GranuleRange::one(granule),
+                &self.stats,
+            ) {
                 Progress::Changing(_) if !self.stopping.load(Acquire) => {
                     changing.let_events_be_read();
                 }

@@ -4,11 +4,14 @@
 
 use std::sync::Arc;
 
-use pageferry_memory::{GranuleIndex, GranuleRange, HostRange, PageMap, Region, RegionId, State};
+use pageferry_memory::{
+    Advice, Backing, GranuleIndex, GranuleRange, HostRange, PageMap, Region, RegionId, State,
+};
 use pageferry_uffd::{CopyMode, Errno, MoveMode, Outcome, UffdError, Userfaultfd, Wake};
 
 use crate::{
-    Span,
+    Span, WriteTracking,
+    closed::Closed,
     gate::Inside,
     staging::MovablePages,
     stats::{Counter, Stats},
@@ -38,8 +41,17 @@ pub(crate) struct Target {
     pub(crate) granules_per_shard: u64,
     /// Whether threads may wait in the kernel for an install.
     pub(crate) wake: Wake,
-    /// ZEROPAGE works on this memory: not on hugetlb, and not over markers.
+    /// ZEROPAGE works on this memory: not on hugetlb, not over markers (of POISON, and those
+    /// that protect absent pages), and not where pages come protected.
     pub(crate) zeropage: bool,
+    /// Whether pages are write-protected when they are mapped.
+    pub(crate) tracking: WriteTracking,
+    /// Also in the vCPU view.
+    pub(crate) vcpus_tracked: bool,
+    /// What comes is mapped in the vCPU view only, for which the vCPU is waiting. Whoever waits in
+    /// the guest view is woken, faults again, and has it mapped then: see [`settle`](crate::settle).
+    pub(crate) lazy: bool,
+    pub(crate) closed: Closed,
 }
 
 /// What to install.
@@ -66,6 +78,7 @@ pub(crate) fn requested(map: &PageMap, run: GranuleRange) -> Option<GranuleRange
 /// Where granules are installed.
 struct Place<'a> {
     inside: &'a Inside<'a>,
+    view: View,
     uffd: &'a Userfaultfd,
     host: HostRange,
     part: GranuleRange,
@@ -116,14 +129,19 @@ impl Target {
             stats.add(Counter::duplicate, wanted_run.first().get() - at.get());
             let (uffd, shared) = self.shard(wanted_run);
             let part = GranuleRange::new(wanted_run.first(), shared);
-            let Some((host, part)) = inside.place(self.id, part) else {
+            let lazily = self.lazy.then(|| inside.place_in(View::Vcpu, self.id, part)).flatten();
+            let placed = match lazily {
+                Some((host, part)) => Some((View::Vcpu, host, part)),
+                None => inside.place(self.id, part).map(|(host, part)| (View::Guest, host, part)),
+            };
+            let Some((view, host, part)) = placed else {
                 // Mapped nowhere any more: the unmap event has been applied, and with it the
                 // granule's state; nothing waits for it.
                 at = GranuleIndex::new(part.first().get() + 1);
                 continue;
             };
             let watched = !matches!(inside, Inside::Open(_));
-            let place = Place { inside, uffd, host, part };
+            let place = Place { inside, view, uffd, host, part };
             match self.install_mapped(&place, whole, data, watched, stats) {
                 Progress::Done => at = part.end(),
                 other => return other,
@@ -150,12 +168,17 @@ impl Target {
             |offset: u64| GranuleIndex::new(part.first().get() + (offset >> granule.shift()));
         let mut done = 0;
         let mut absent = ThoughAbsent::default();
+        let mut within = OneMapping::default();
         while done < host.len() {
-            let left = host.skip(done);
+            let left = within.take(host.skip(done));
             stats.add(Counter::install_calls, 1);
             match self.call(uffd, left, data, data_offset + done) {
-                Ok(Outcome::Installed { bytes }) => done += bytes,
+                Ok(Outcome::Installed { bytes }) => {
+                    done += bytes;
+                    within.installed();
+                }
                 Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
+                Ok(Outcome::RangeGone { .. }) if within.narrower(left, page) => {}
                 Ok(Outcome::Retry { .. }) => {
                     stats.add(Counter::eagain, 1);
                     self.publish(place, done, stats);
@@ -163,7 +186,8 @@ impl Target {
                 }
                 Ok(Outcome::AlreadyPresent { done: more })
                     if matches!(data, Data::Bytes(_))
-                        && !is_present(uffd, HostRange::new(left.skip(more).start(), page)) =>
+                        && !self
+                            .is_present(uffd, HostRange::new(left.skip(more).start(), page)) =>
                 {
                     done += more;
                     if absent.again() {
@@ -192,6 +216,11 @@ impl Target {
                         return Progress::Changing(granule_at(done));
                     }
                     // Unmapped with nobody to tell us: nothing can touch it any more.
+                    if place.view == View::Vcpu {
+                        // But in the guest view, which has it from the fill view.
+                        done = (done | (granule.bytes() - 1)) + 1;
+                        continue;
+                    }
                     let gone = GranuleRange::new(granule_at(done), 1);
                     self.region.page_map().discard(gone);
                     done = (done | (granule.bytes() - 1)) + 1;
@@ -231,94 +260,21 @@ impl Target {
     fn publish(&self, place: &Place<'_>, done: u64, stats: &Stats) {
         let part = place.part;
         let whole = (done >> self.region.granule().shift()).min(part.count());
-        self.map_for_vcpus(place.inside, GranuleRange::new(part.first(), whole));
+        let granules = GranuleRange::new(part.first(), whole);
+        if place.view == View::Guest {
+            self.map_for_vcpus(place.inside, granules, self.arriving());
+        }
         // Counted first: whoever sees the last granule present also sees it counted.
         if whole > 0 {
             stats.add(Counter::installed, whole);
             stats.mark_first_page();
         }
-        self.region.page_map().publish(GranuleRange::new(part.first(), whole));
-    }
-
-    /// Maps granules that are in the page cache in the vCPU view, if there is one. Where that does
-    /// not succeed a vCPU faults again, and is answered then.
-    pub(crate) fn map_for_vcpus(&self, inside: &Inside<'_>, granules: GranuleRange) {
-        if self.region.vcpu_view().is_none() {
-            return;
+        self.region.page_map().publish(granules);
+        if place.view == View::Vcpu && self.wake == Wake::Yes {
+            // After it is published: whoever faulted before is woken, and whoever faults from now
+            // on, the woken included, finds it present.
+            self.wake_guest(place.inside, granules);
         }
-        let page = self.region.page_size().bytes();
-        let mode = CopyMode { wake: self.wake == Wake::Yes, write_protect: false };
-        self.each_vcpu_place(inside, granules, |uffd, host| {
-            let mut done = 0;
-            while done < host.len() {
-                match uffd.continue_range(host.skip(done), mode) {
-                    Ok(Outcome::Installed { bytes }) => done += bytes,
-                    Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
-                    other => {
-                        let skipped = match other {
-                            Ok(Outcome::AlreadyPresent { done: more }) => more + page,
-                            // The rest is not tried: what stands in the way concerns all of it.
-                            _ => host.len() - done,
-                        };
-                        let left = HostRange::new(host.skip(done).start(), skipped);
-                        if self.wake == Wake::Yes
-                            && let Err(error) = uffd.wake(left)
-                        {
-                            tracing::debug!("{error}");
-                        }
-                        done += skipped;
-                    }
-                }
-            }
-        });
-    }
-
-    /// Calls `visit` with every stretch of the vCPU view that shows some of `granules`.
-    pub(crate) fn each_vcpu_place(
-        &self,
-        inside: &Inside<'_>,
-        granules: GranuleRange,
-        mut visit: impl FnMut(&Userfaultfd, HostRange),
-    ) {
-        let mut rest = granules;
-        while self.region.vcpu_view().is_some() && !rest.is_empty() {
-            let (uffd, shared) = self.shard(rest);
-            let part = rest.split_at(shared).0;
-            let Some((host, part)) = inside.place_in(View::Vcpu, self.id, part) else {
-                rest = rest.split_at(1).1;
-                continue;
-            };
-            visit(uffd, host);
-            rest = rest.split_at(part.count()).1;
-        }
-    }
-
-    /// Marks every absent page of what KVM maps, so that a vCPU that touches it leaves KVM_RUN.
-    /// Before anything is delivered: nothing else changes this memory yet.
-    pub(crate) fn mark_absent(&self, inside: &Inside<'_>) -> Result<(), UffdError> {
-        let view = if self.region.vcpu_view().is_some() { View::Vcpu } else { View::Guest };
-        let mut rest = self.region.all_granules();
-        while !rest.is_empty() {
-            let (uffd, shared) = self.shard(rest);
-            let part = rest.split_at(shared).0;
-            let Some((host, part)) = inside.place_in(view, self.id, part) else { break };
-            let page = self.region.page_size().bytes();
-            let mut done = 0;
-            while done < host.len() {
-                match uffd.poison(host.skip(done), Wake::No)? {
-                    Outcome::Installed { bytes } => done += bytes,
-                    // Already touched: not absent, and no vCPU has to leave for it.
-                    Outcome::AlreadyPresent { done: more } => done += more + page,
-                    // Nothing but a moment's contention: no event is read or waited for yet.
-                    Outcome::Retry { done: more } => done += more,
-                    Outcome::RangeGone { .. }
-                    | Outcome::ProcessGone { .. }
-                    | Outcome::Poisoned { .. } => return Ok(()),
-                }
-            }
-            rest = rest.split_at(part.count()).1;
-        }
-        Ok(())
     }
 
     fn call(
@@ -328,7 +284,7 @@ impl Target {
         data: Data<'_>,
         offset: u64,
     ) -> Result<Outcome, UffdError> {
-        let mode = CopyMode { wake: self.wake == Wake::Yes, write_protect: false };
+        let mode = self.arriving();
         match data {
             Data::Bytes(bytes) => {
                 let from = offset as usize;
@@ -346,85 +302,47 @@ impl Target {
         }
     }
 
-    /// Poisons what the page map calls poisoned, inside the gate.
-    pub(crate) fn mark_poisoned(&self, inside: &Inside<'_>, granules: GranuleRange) -> Progress {
-        let map = self.region.page_map();
-        let mut at = granules.first();
-        while at < granules.end() {
-            let left = GranuleRange::new(at, granules.end().get() - at.get());
-            let run = map.next_run(State::Poisoned, at, left.count());
-            let Some(run) = run.and_then(|run| run.intersection(left)) else { break };
-            let (uffd, shared) = self.shard(run);
-            let part = GranuleRange::new(run.first(), shared);
-            self.each_vcpu_place(inside, part, |uffd, host| self.poison_for_vcpus(uffd, host));
-            let Some((host, part)) = inside.place(self.id, part) else {
-                at = GranuleIndex::new(part.first().get() + 1);
-                continue;
-            };
-            match self.poison_part(uffd, host, part) {
-                Progress::Done => at = part.end(),
-                other => return other,
-            }
+    /// Sees to it that there is memory behind the fill view, so that writing there is no SIGBUS on a
+    /// file system that is full or without huge pages. Returns the first granules of `run` that
+    /// have it, and what is wrong with the next.
+    ///
+    /// A memfd of base pages is on a file system without a limit, and needs nothing. For others it
+    /// takes a system call more than the page fault that it saves: of 16 pages at once it takes no
+    /// more, of one page 3 us where system calls are dear (PVM), which beside the clearing of a huge
+    /// page is nothing.
+    pub(crate) fn back(&self, run: GranuleRange) -> (GranuleRange, Option<String>) {
+        if self.region.backing() == Backing::Memfd {
+            return (run, None);
         }
-        Progress::Done
-    }
-
-    /// Poisons what is absent in memory of a run of granules, whatever the page map calls them.
-    pub(crate) fn poison_absent(&self, inside: &Inside<'_>, run: GranuleRange) -> Progress {
-        let (uffd, shared) = self.shard(run);
-        let Some((host, part)) = inside.place(self.id, run.split_at(shared).0) else {
-            return Progress::Done;
+        let (Some(view), Some(range)) = (self.region.fill_view(), self.region.fill_range(run))
+        else {
+            return (run, None);
         };
-        self.poison_part(uffd, host, part)
-    }
-
-    /// Absent pages of the vCPU view are marked already where vCPUs leave KVM_RUN for them; where
-    /// they wait in the kernel they are sent on to the error.
-    fn poison_for_vcpus(&self, uffd: &Userfaultfd, host: HostRange) {
-        let page = self.region.page_size().bytes();
-        let mut done = 0;
-        while done < host.len() {
-            done += match uffd.poison(host.skip(done), self.wake) {
-                Ok(Outcome::Installed { bytes }) => bytes,
-                Ok(Outcome::Retry { done: more }) if more > 0 => more,
-                // Mapped, or marked.
-                Ok(Outcome::AlreadyPresent { done: more }) => more + page,
-                // The vCPU faults again, and is answered then.
-                _ => break,
-            };
+        let populate = |range| match view.advise(range, Advice::PopulateWrite) {
+            // Before Linux 5.14 only writing tells.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            result => result,
+        };
+        if populate(range).is_ok() {
+            return (run, None);
         }
-        if self.wake == Wake::Yes
-            && let Err(error) = uffd.wake(host)
-        {
-            tracing::debug!("{error}");
-        }
-    }
-
-    fn poison_part(&self, uffd: &Userfaultfd, host: HostRange, part: GranuleRange) -> Progress {
-        let page = self.region.page_size().bytes();
-        let shift = self.region.granule().shift();
-        let mut done = 0;
-        while done < host.len() {
-            let at = GranuleIndex::new(part.first().get() + (done >> shift));
-            match uffd.poison(host.skip(done), self.wake) {
-                Ok(Outcome::Installed { bytes }) => done += bytes,
-                Ok(Outcome::Retry { done: more }) if more > 0 => done += more,
-                Ok(Outcome::Retry { .. }) => return Progress::Changing(at),
-                // Something is mapped there already, or nothing can be: both are no zeros.
-                Ok(
-                    Outcome::AlreadyPresent { done: more }
-                    | Outcome::RangeGone { done: more }
-                    | Outcome::Poisoned { done: more },
-                ) => done += more + page,
-                Ok(Outcome::ProcessGone { .. }) => return Progress::Done,
-                Err(error) => return Progress::Refused { at, why: error.to_string() },
+        let granule = self.region.granule().bytes();
+        for (index, _) in run.iter().enumerate() {
+            let one = HostRange::new(range.skip(index as u64 * granule).start(), granule);
+            if let Err(error) = populate(one) {
+                let why = format!(
+                    "no memory for it behind the fill view: {error} (the file system is full, \
+                     or has no free huge page)"
+                );
+                return (run.split_at(index as u64).0, Some(why));
             }
         }
-        Progress::Done
+        (run, None)
     }
 
-    /// Lends the bytes of `run` in the fill view to `fill`. The caller is the one party bringing
-    /// these granules: they are Requested by it, and no event can take them away.
+    /// Lends the bytes of `run` in the fill view to `fill`. The caller has it [backed](Self::back),
+    /// is the one party bringing these granules: they are Requested by it, and no event can take
+    /// them away.
     ///
     /// # Errors
     /// What `fill` returns.
@@ -442,8 +360,68 @@ impl Target {
         fill(bytes)
     }
 
+    /// Whether writes to memory in this view are noticed.
+    pub(crate) fn tracked(&self, view: View) -> bool {
+        self.tracking != WriteTracking::Off && (view == View::Guest || self.vcpus_tracked)
+    }
+
+    /// How what comes from the source is mapped.
+    fn arriving(&self) -> CopyMode {
+        let write_protect = self.tracking.protects_arrivals();
+        CopyMode { wake: self.wake == Wake::Yes, write_protect }
+    }
+
+    /// How what was mapped before, or was removed, is mapped.
+    pub(crate) fn mapping_again(&self) -> CopyMode {
+        let write_protect = self.tracking.protects_again();
+        CopyMode { wake: self.wake == Wake::Yes, write_protect }
+    }
+
+    /// Whether there is a page, after COPY answered EEXIST for it. For a huge page the kernel says
+    /// so also when it has none to give (hugetlb_mfill_atomic_pte in mm/hugetlb.c, Linux 6.18).
+    pub(crate) fn is_present(&self, uffd: &Userfaultfd, page: HostRange) -> bool {
+        const BASE: usize = 4096;
+        if page.len() == BASE as u64 {
+            return true;
+        }
+        let mut mapped = 0;
+        // SAFETY: asks about one base page, and writes one byte.
+        let answered = unsafe { libc::mincore(page.start().as_ptr().cast(), BASE, &mut mapped) };
+        // Not mapped here, but perhaps in the file: then it is mapped now.
+        (answered == 0 && mapped & 1 != 0)
+            || matches!(
+                uffd.continue_range(page, CopyMode { wake: false, ..self.mapping_again() }),
+                Ok(Outcome::Installed { .. } | Outcome::AlreadyPresent { .. })
+            )
+    }
+
     pub(crate) fn span(&self, granules: GranuleRange) -> Span {
         Span { region: self.id, granules }
+    }
+}
+
+/// How much is installed by one call: the kernel does it within one mapping and says ENOENT
+/// otherwise, and the guest's process may have made several of one (`mprotect`, `mlock`, `madvise`).
+#[derive(Default)]
+pub(crate) struct OneMapping {
+    /// No more than this, unless it is 0.
+    most: u64,
+}
+
+impl OneMapping {
+    pub(crate) fn take(&self, left: HostRange) -> HostRange {
+        if self.most == 0 { left } else { left.take(self.most) }
+    }
+
+    /// Nothing was registered at `tried`, or not all of it in one mapping. False for a page: it is
+    /// not registered.
+    pub(crate) fn narrower(&mut self, tried: HostRange, page: u64) -> bool {
+        self.most = (tried.len() / 2 / page * page).max(page);
+        tried.len() > page
+    }
+
+    pub(crate) fn installed(&mut self) {
+        self.most = self.most.saturating_mul(2);
     }
 }
 
@@ -462,22 +440,4 @@ impl ThoughAbsent {
         self.0 += 1;
         self.0 < 64
     }
-}
-
-/// Whether there is a page, after COPY answered EEXIST for it. For a huge page the kernel says so
-/// also when it has none to give (hugetlb_mfill_atomic_pte in mm/hugetlb.c, Linux 6.18).
-pub(crate) fn is_present(uffd: &Userfaultfd, page: HostRange) -> bool {
-    const BASE: usize = 4096;
-    if page.len() == BASE as u64 {
-        return true;
-    }
-    let mut mapped = 0;
-    // SAFETY: asks about one base page, and writes one byte.
-    let answered = unsafe { libc::mincore(page.start().as_ptr().cast(), BASE, &mut mapped) };
-    // Not mapped here, but perhaps in the file: then it is mapped now.
-    (answered == 0 && mapped & 1 != 0)
-        || matches!(
-            uffd.continue_range(page, CopyMode::NO_WAKE),
-            Ok(Outcome::Installed { .. } | Outcome::AlreadyPresent { .. })
-        )
 }

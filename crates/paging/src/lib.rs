@@ -12,10 +12,12 @@
 
 #![deny(unsafe_code)]
 
+mod answers;
 mod background;
 mod builder;
 mod children;
 mod choose;
+mod closed;
 mod core;
 mod delivery;
 mod events;
@@ -25,6 +27,7 @@ mod histogram;
 mod install;
 mod pager;
 mod pending;
+mod poison;
 mod prefetch;
 mod settle;
 mod sink;
@@ -32,6 +35,8 @@ mod slot;
 mod source;
 mod staging;
 mod stats;
+mod tracking;
+mod two_views;
 mod views;
 
 pub use builder::{Builder, Chosen, Events, StartError};
@@ -43,3 +48,4 @@ pub use pager::{Pager, Status};
 pub use prefetch::Prefetch;
 pub use source::{Completion, Fill, PageSink, PageSource, SinkError, SourceError, Span, Urgency};
 pub use stats::{Counts, Statistics};
+pub use tracking::{ProtectError, WriteObserver, WriteTracking};

@@ -10,11 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pageferry_memory::{Advice, GranuleRange, HostAddress, Layout, Mapping, RegionId, State};
+use pageferry_memory::{
+    Advice, GranuleRange, HostAddress, HostRange, Layout, Mapping, RegionId, State,
+};
 use pageferry_uffd::Registration;
 
 use crate::{
-    Builder, Chosen, Completion, PageSource, SourceError, Statistics,
+    Builder, Chosen, Completion, PageSource, ProtectError, SourceError, Statistics,
     children::KeptOut,
     core::{AddressSpaceChanging, Core},
     delivery::{EveryQueue, Resolved, signal::Registered},
@@ -40,8 +42,8 @@ pub enum Status {
 /// Memory that arrives on demand.
 ///
 /// While the pager lives, a thread that touches an absent granule is held until the granule is
-/// there. Dropping it before everything is there poisons what is missing: the guest sees a memory
-/// error, never zeros.
+/// there. Dropping it before everything is there [poisons](crate::PageSink::poison) what is missing:
+/// the guest sees a memory error, never zeros.
 ///
 /// Children of the process (`fork(2)`) do not have the memory: touching it there is SIGSEGV. Once a
 /// pager that brought everything is dropped, later children have it again.
@@ -158,7 +160,8 @@ impl Pager {
     }
 
     /// Gives up on everything that is missing: it is poisoned, and whoever touches it sees a
-    /// memory error. The source is let go.
+    /// memory error ([`PageSink::poison`](crate::PageSink::poison) says which). The source is let
+    /// go.
     pub fn abandon(&self) {
         let _attaching = self.attaching.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(last) = self.core.source.vacate() {
@@ -274,6 +277,30 @@ impl Pager {
         }
     }
 
+    /// Write-protects the pages of `range` in tracked memory again, those that have not come
+    /// included: from its return on, every write to one is noticed. Of a write while it runs that
+    /// is not sure, so whoever collects takes what is known to be written first, then protects, and
+    /// only then copies the pages.
+    ///
+    /// With [`WriteTracking::Asynchronous`](crate::WriteTracking::Asynchronous) this forgets what
+    /// was written: it is how tracking begins, or begins afresh, while `PAGEMAP_SCAN` collects and
+    /// protects in one step.
+    ///
+    /// Not to be called by a [`WriteObserver`](crate::WriteObserver).
+    ///
+    /// # Errors
+    /// [`ProtectError`].
+    pub fn protect(&self, range: HostRange) -> Result<(), ProtectError> {
+        self.core.protect(range)
+    }
+
+    /// What a tracker may arm: the addresses where tracked memory is mapped now; none with
+    /// [`WriteTracking::Off`](crate::WriteTracking::Off). It changes when the guest moves or unmaps
+    /// memory.
+    pub fn tracked(&self) -> Vec<HostRange> {
+        self.core.tracked()
+    }
+
     /// Reports every granule of this range, known to be present already, as such.
     pub fn assume_present(&self, region: RegionId, granules: GranuleRange) -> u64 {
         let Some(region) = self.core.layout.get(region) else { return 0 };
@@ -319,7 +346,7 @@ impl Drop for Pager {
                 "missing pages could not be poisoned: threads that touch them wait for ever"
             );
         }
-        self.core.each_place(&inside, |_, uffd, host| {
+        self.core.each_place(&inside, |_, _, uffd, host| {
             places.push(host);
             if safe && let Err(error) = uffd.unregister_raw(host) {
                 tracing::error!("{error}");

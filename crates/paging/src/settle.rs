@@ -8,7 +8,7 @@ use pageferry_uffd::{CopyMode, Errno, FaultKind, Outcome, UffdError, Userfaultfd
 use crate::{
     core::Core,
     gate::Inside,
-    install::{InstallMethod, NO_HUGE_PAGE, Progress, Target, ThoughAbsent, is_present},
+    install::{InstallMethod, NO_HUGE_PAGE, Progress, Target, ThoughAbsent},
     stats::Counter,
 };
 
@@ -20,7 +20,7 @@ pub(crate) fn settle(core: &Core, target: &Target, at: GranuleIndex, kind: Fault
         let inside = core.gate.install();
         // Not if it was removed meanwhile: then it is not there any more.
         if target.region.page_map().state(at) == State::Present {
-            target.map_for_vcpus(&inside, GranuleRange::one(at));
+            target.map_for_vcpus(&inside, GranuleRange::one(at), target.mapping_again());
         }
     }
     progress
@@ -29,7 +29,7 @@ pub(crate) fn settle(core: &Core, target: &Target, at: GranuleIndex, kind: Fault
 fn settle_guest(core: &Core, target: &Target, at: GranuleIndex, kind: FaultKind) -> Progress {
     let run = GranuleRange::one(at);
     match kind {
-        // Nobody but a dirty tracker protects pages; here it means a stale message.
+        // Of a write that is tracked the fault path takes care; here it means a stale message.
         FaultKind::WriteProtect => {
             each_page(core, &core.gate.install(), target, run, None, |uffd, host| {
                 uffd.wake(host).map(|()| Outcome::Installed { bytes: host.len() })
@@ -65,6 +65,9 @@ fn map(core: &Core, target: &Target, run: GranuleRange) -> Progress {
         drop(inside);
         inside = core.gate.install_alone();
         if removed() {
+            if let (_, Some(why)) = target.back(run) {
+                return Progress::Refused { at: run.first(), why };
+            }
             let cleared: Result<(), std::convert::Infallible> =
                 target.with_fill_bytes(run, |bytes| {
                     bytes.fill(0);
@@ -73,7 +76,7 @@ fn map(core: &Core, target: &Target, run: GranuleRange) -> Progress {
             let Ok(()) = cleared;
         }
     }
-    let mode = CopyMode { wake: target.wake == Wake::Yes, write_protect: false };
+    let mode = target.mapping_again();
     let mut nothing_behind = false;
     let progress = each_page(core, &inside, target, run, None, |uffd, host| {
         let outcome = uffd.continue_range(host, mode);
@@ -82,6 +85,7 @@ fn map(core: &Core, target: &Target, run: GranuleRange) -> Progress {
     });
     if matches!(progress, Progress::Done) {
         page_map.publish_discarded(run.first());
+        target.map_around(&inside, run.first());
     }
     drop(inside);
     if nothing_behind {
@@ -108,7 +112,7 @@ fn zero<'a>(core: &'a Core, target: &Target, run: GranuleRange) -> (Progress, In
     let zeros = &mut staged.bytes()[..len];
     zeros.fill(0);
     let zeros = &*zeros;
-    let mode = CopyMode { wake: target.wake == Wake::Yes, write_protect: false };
+    let mode = target.mapping_again();
     let inside = core.gate.install();
     let progress = each_page(core, &inside, target, run, Some(Counter::zero), |uffd, host| {
         uffd.copy(host.start(), &zeros[len - host.len() as usize..], mode)
@@ -148,7 +152,7 @@ fn each_page(
             }
             Ok(Outcome::AlreadyPresent { done: more })
                 if counted.is_some()
-                    && !is_present(uffd, HostRange::new(left.skip(more).start(), page)) =>
+                    && !target.is_present(uffd, HostRange::new(left.skip(more).start(), page)) =>
             {
                 done += more;
                 if absent.again() {
@@ -188,6 +192,9 @@ fn refused(run: GranuleRange, error: &UffdError) -> Progress {
     Progress::Refused { at: run.first(), why: error.to_string() }
 }
 
+/// For COPY, which replaces the markers that protect absent pages; ZEROPAGE does not.
+static ZEROS: [u8; 4096] = [0; 4096];
+
 /// A thread of the userfaultfd `queue` is stopped at an address that was in no region. Puts a zero
 /// page there, unless the address space is changing, and lets the thread look again.
 pub(crate) fn zero_stray(core: &Core, queue: RawFd, address: HostAddress) {
@@ -199,7 +206,7 @@ pub(crate) fn zero_stray(core: &Core, queue: RawFd, address: HostAddress) {
     // userfaultfd, and no other, refuses to install anything.
     let inside = core.gate.install();
     let zeroed = inside.find(address).is_none()
-        && matches!(uffd.zeropage(page, Wake::Yes), Ok(Outcome::Installed { .. }));
+        && matches!(uffd.copy(page.start(), &ZEROS, CopyMode::WAKE), Ok(Outcome::Installed { .. }));
     if !zeroed && let Err(error) = uffd.wake(page) {
         tracing::debug!("stray fault at {address}: {error}");
     }

@@ -173,6 +173,14 @@ pub trait PageSink: Send + Sync {
     fn zero(&self, span: Span) -> Result<(), SinkError>;
 
     /// Answers `span`: the source has a memory error there, or cannot read it, for good.
+    ///
+    /// Whoever touches it gets SIGBUS, as for a memory error; a system call fails with EHWPOISON or
+    /// EFAULT. A kernel without UFFDIO_POISON (before Linux 6.6) cannot do that: there the granules
+    /// are made inaccessible (`PROT_NONE`), and it is SIGSEGV (SEGV_ACCERR), and EFAULT in system
+    /// calls and from KVM_RUN (with delivery by signal, SIGBUS for an access that meets it first); [`Counts::closed`](crate::Counts::closed) tells. Should a region come
+    /// to more than 8192 such stretches, or the process to its most mappings (`vm.max_map_count`),
+    /// all of the region becomes inaccessible, with what is there. The same holds for
+    /// whatever else the pager poisons.
     fn poison(&self, span: Span) -> Result<(), SinkError>;
 
     /// Bytes nobody asked for: installed where the granules are still absent, dropped elsewhere.

@@ -52,6 +52,11 @@ counters! {
     eagain,
     /// Granules poisoned.
     poisoned,
+    /// Granules made inaccessible (`PROT_NONE`) as the kernel could not poison them, once for each
+    /// view; counted as poisoned, too.
+    closed,
+    /// Writes to protected pages that were reported. Pages.
+    written,
     /// Granules that the guest removed.
     removed,
     /// Faults on granules already there: the thread was sent back in.

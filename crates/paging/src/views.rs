@@ -119,6 +119,12 @@ impl Views {
         })
     }
 
+    /// Every place of a region, in all views.
+    pub(crate) fn places(&self, region: RegionId) -> impl Iterator<Item = HostRange> + '_ {
+        let pieces = self.pieces.iter().filter(move |piece| piece.region == region);
+        pieces.map(|piece| piece.host)
+    }
+
     /// The granules shown in `range`.
     pub(crate) fn shown(
         &self,

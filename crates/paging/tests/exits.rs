@@ -21,8 +21,10 @@ use pageferry_memory::{
 use pageferry_paging::{
     Delivery, Events, InstallMethod, Pager, Prefetch, Resolved, StartError, Status,
 };
+use pageferry_uffd::{Pagemap, PagemapEntry};
 
 const PAGES: u64 = 256;
+const PAGE: u64 = 4096;
 
 /// How KVM gets at the memory.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -32,16 +34,18 @@ enum Setup {
 }
 
 impl Setup {
-    fn all() -> Vec<Self> {
+    /// What there is, and the huge pages for it, to be kept for so long.
+    fn all() -> (Vec<Self>, Option<HugePages>) {
         let mut setups = vec![
             Self::OneView(Backing::Anonymous),
             Self::OneView(Backing::Memfd),
             Self::OwnView(Backing::Memfd),
         ];
-        if huge_pages(8) {
+        let pages = HugePages::reserve(8);
+        if pages.is_some() {
             setups.extend([Self::OneView(HUGE), Self::OwnView(HUGE)]);
         }
-        setups
+        (setups, pages)
     }
 
     fn layout(self) -> Layout {
@@ -118,8 +122,9 @@ fn every_page_once_and_right() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all() {
+    for setup in setups {
         for delivery in [Delivery::Exit, Delivery::Hybrid(2)] {
             for events in [Events::Watch, Events::Ignore] {
                 for threaded in [false, true] {
@@ -159,8 +164,9 @@ fn vcpus_and_others_race_for_the_same_pages() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all().into_iter().filter(|setup| matches!(setup, Setup::OwnView(_))) {
+    for setup in setups.into_iter().filter(|setup| matches!(setup, Setup::OwnView(_))) {
         for (threaded, events) in
             [(false, Events::Watch), (true, Events::Watch), (true, Events::Ignore)]
         {
@@ -196,8 +202,9 @@ fn sixty_four_threads_on_one_page() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all() {
+    for setup in setups {
         let source = Arc::new(Pattern { threaded: true, ..Pattern::default() });
         let pager = start(setup, Delivery::Hybrid(1), Events::Watch, Arc::clone(&source));
         thread::scope(|scope| {
@@ -216,8 +223,9 @@ fn what_the_source_poisons_stays_an_error() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all() {
+    for setup in setups {
         for delivery in [Delivery::Exit, Delivery::Hybrid(1)] {
             let source = Arc::new(Pattern { poisoned: Some(3), ..Pattern::default() });
             let pager = start(setup, delivery, Events::Watch, source);
@@ -242,8 +250,9 @@ fn waiting_can_be_interrupted() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all() {
+    for setup in setups {
         let source = Arc::new(Pattern { hold: AtomicBool::new(true), ..Pattern::default() });
         let pager = start(setup, Delivery::Exit, Events::Watch, Arc::clone(&source));
         let vcpu = Vcpu::of(&pager);
@@ -270,14 +279,42 @@ fn waiting_can_be_interrupted() {
     }
 }
 
+/// Whoever looks again while it waits still has the one fault, whenever the page comes.
+#[test]
+fn a_fault_that_waits_long_is_one_fault() {
+    if !poison() {
+        return;
+    }
+    let (setups, _pages) = Setup::all();
+    let _watch = watch(60);
+    for setup in setups {
+        let source = Arc::new(Pattern { hold: AtomicBool::new(true), ..Pattern::default() });
+        let pager = start(setup, Delivery::Exit, Events::Watch, Arc::clone(&source));
+        let vcpu = Vcpu::of(&pager);
+        let mut looks = 0;
+        let resolved = pager.resolve_exit(vcpu.address(0), &mut || {
+            looks += 1;
+            if looks == 3 {
+                // Between two looks.
+                source.answer_now(span(0, 1));
+            }
+            false
+        });
+        assert_eq!((resolved, looks), (Resolved::Present, 3), "{setup:?}");
+        let counts = pager.statistics().counts;
+        assert_eq!((counts.faults, counts.demand, counts.stale), (1, 1, 0), "{setup:?}");
+    }
+}
+
 /// Removed memory reads as zero, marked or not, while the pager lives and afterwards.
 #[test]
 fn removed_memory_is_zero() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all() {
+    for setup in setups {
         let source = Arc::new(Pattern::default());
         let layout = setup.layout();
         let region = Arc::clone(layout.get(REGION).unwrap());
@@ -313,11 +350,12 @@ fn present_but_not_mapped() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
     let deliveries = [Delivery::Hybrid(1), Delivery::Exit];
     let shared = |setup: &Setup| !matches!(setup, Setup::OneView(Backing::Anonymous));
     for (setup, delivery) in
-        Setup::all().into_iter().filter(shared).flat_map(|setup| deliveries.map(|d| (setup, d)))
+        setups.into_iter().filter(shared).flat_map(|setup| deliveries.map(|d| (setup, d)))
     {
         let source = Arc::new(Pattern::default());
         let pager = start(setup, delivery, Events::Ignore, Arc::clone(&source));
@@ -341,8 +379,9 @@ fn other_threads_touch_the_marked_view() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all().into_iter().filter(|setup| matches!(setup, Setup::OneView(_))) {
+    for setup in setups.into_iter().filter(|setup| matches!(setup, Setup::OneView(_))) {
         for delivery in [Delivery::Exit, Delivery::Hybrid(1)] {
             let source = Arc::new(Pattern::default());
             let pager = start(setup, delivery, Events::Watch, Arc::clone(&source));
@@ -375,8 +414,9 @@ fn what_is_swept_needs_no_exit() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all() {
+    for setup in setups {
         let pager = Pager::builder(setup.layout())
             .delivery(Delivery::Exit)
             .prefetch(Prefetch::SWEEP)
@@ -413,8 +453,9 @@ fn no_queue_at_all() {
     if !poison() {
         return;
     }
+    let (setups, _pages) = Setup::all();
     let _watch = watch(60);
-    for setup in Setup::all() {
+    for setup in setups {
         let source = Arc::new(Pattern::default());
         let pager = start(setup, Delivery::Exit, Events::Ignore, Arc::clone(&source));
         let checked = AtomicU64::new(0);
@@ -444,5 +485,63 @@ fn no_queue_at_all() {
         assert_eq!(source.granules.load(SeqCst), granules);
         let counts = pager.statistics().counts;
         assert_eq!((counts.reads, counts.installed), (0, granules), "{setup:?}");
+    }
+}
+
+/// What a vCPU brings is mapped for it alone; whoever touches it in the guest view has it mapped then,
+/// also if that was before it came.
+#[test]
+fn the_guest_view_is_mapped_when_it_is_touched() {
+    if !poison() {
+        return;
+    }
+    let (setups, _pages) = Setup::all();
+    let _watch = watch(60);
+    for setup in setups.into_iter().filter(|setup| matches!(setup, Setup::OwnView(_))) {
+        for events in [Events::Watch, Events::Ignore] {
+            let source = Arc::new(Pattern { threaded: true, ..Pattern::default() });
+            let pager = start(setup, Delivery::Hybrid(1), events, Arc::clone(&source));
+            let (vcpu, step) = (Vcpu::of(&pager), step(&pager));
+            let guest = pager.layout().get(REGION).unwrap().guest_view().range();
+            let mapped = |granule: u64| {
+                let page = HostRange::new(guest.skip(granule * step).start(), PAGE);
+                let mut entry = [PagemapEntry::default()];
+                Pagemap::open_self().unwrap().read_entries(page, &mut entry).unwrap();
+                entry[0].present()
+            };
+            for granule in [1, 2, 3, 5] {
+                let (got, exits) = vcpu.run(&pager, granule * step).unwrap();
+                assert_eq!((got, exits), (word(REGION, granule * step), 1), "{setup:?}");
+                assert!(!mapped(granule), "{setup:?} {events:?}");
+            }
+            assert_eq!(peek(pager.layout(), step + 8), word(REGION, step + 8), "{setup:?}");
+            // Those that are there and next to it come along, if they are small.
+            let small = step == PAGE;
+            wait_for("the neighbours", || mapped(2) == small && mapped(3) == small);
+            assert_eq!([1, 4, 5].map(mapped), [true, false, false], "{setup:?}");
+
+            // A host thread waits first, then the vCPU leaves for the same page, which comes.
+            source.hold.store(true, SeqCst);
+            thread::scope(|scope| {
+                let waiting = scope.spawn(|| peek(pager.layout(), 6 * step));
+                wait_for("a request", || source.requests() == 5);
+                let vcpus: Vec<_> = (0..2)
+                    .map(|_| scope.spawn(|| Vcpu::of(&pager).run(&pager, 6 * step).unwrap().0))
+                    .collect();
+                let faults = pager.statistics().counts.faults;
+                wait_for("the vCPUs", || pager.statistics().counts.faults >= faults.max(7));
+                source.hold.store(false, SeqCst);
+                let sink = source.me.lock().unwrap().clone().unwrap();
+                let mut bytes = vec![0; step as usize];
+                fill_pattern(REGION, 6 * step, &mut bytes);
+                sink.page(span(6, 1), &bytes).unwrap();
+                assert_eq!(waiting.join().unwrap(), word(REGION, 6 * step), "{setup:?}");
+                for vcpu in vcpus {
+                    assert_eq!(vcpu.join().unwrap(), word(REGION, 6 * step), "{setup:?}");
+                }
+            });
+            let counts = pager.statistics().counts;
+            assert_eq!((counts.installed, counts.eexist), (5, 0), "{setup:?}: {counts:?}");
+        }
     }
 }

@@ -242,3 +242,45 @@ fn one_pager_does_not_touch_the_memory_of_another() {
         assert!(ledger.has_answered(15), "{delivery}");
     }
 }
+
+/// Where two userfaultfds meet two mappings do, and the kernel moves one at a time: nothing is
+/// changed then, and what lies on one side can be moved.
+#[test]
+fn a_move_across_two_userfaultfds_is_refused_and_harms_nothing() {
+    if !userfaultfd() {
+        return;
+    }
+    let _watch = watch(60);
+    for kind in KINDS {
+        let reservation = Reservation::new(4 * PAGES * PAGE);
+        let ledger = Ledger::new(PAGES, Answers::Threaded);
+        let (ledger, _pager) =
+            start(&reservation, kind, Delivery::Sharded(2), ledger, Prefetch::NONE);
+        let border = PAGES / 2;
+        let across = reservation.range((border - 2) * PAGE, 4 * PAGE);
+        // SAFETY: inside the reservation, whose addresses only the test uses. It has to grow, and so
+        // to move; to no place of ours, which a kernel might unmap before it refuses.
+        let moved = unsafe {
+            libc::mremap(
+                across.start().as_ptr().cast(),
+                across.len() as usize,
+                2 * across.len() as usize,
+                libc::MREMAP_MAYMOVE,
+            )
+        };
+        let error = std::io::Error::last_os_error();
+        assert_eq!(moved, libc::MAP_FAILED, "{kind:?}");
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "{kind:?}");
+        let half = reservation.range((border - 2) * PAGE, 2 * PAGE);
+        let half = reservation.move_to(half, 3 * PAGES * PAGE);
+        for page in 0..PAGES {
+            let offset = page * PAGE;
+            let address = match page.checked_sub(border - 2) {
+                Some(moved @ 0..2) => half.skip(moved * PAGE).start(),
+                _ => reservation.at(offset),
+            };
+            assert_eq!(read_by_kernel(address), Ok(word(REGION, offset)), "{kind:?} {page}");
+        }
+        ledger.check_once();
+    }
+}

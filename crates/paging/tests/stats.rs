@@ -35,7 +35,10 @@ fn adds_up(delivery: Delivery, backing: Backing, prefetch: Prefetch, threaded: b
         .start(Arc::clone(&source) as _)
         .unwrap();
     let before = pager.statistics();
-    assert_eq!(before.time_to_complete, None, "{case}");
+    // The sweep may be done already.
+    if prefetch == Prefetch::NONE {
+        assert_eq!(before.time_to_complete, None, "{case}");
+    }
     std::thread::scope(|scope| {
         for thread in 0..4 {
             let layout = pager.layout();
@@ -81,7 +84,9 @@ fn adds_up(delivery: Delivery, backing: Backing, prefetch: Prefetch, threaded: b
     if delivery == Delivery::Signal {
         assert_eq!(counts.reads, 0, "nothing is queued: {case}");
     } else {
-        assert!(counts.reads > 0 && counts.reads <= counts.faults, "{case}");
+        // The sweep may have been faster than every thread.
+        assert!(counts.reads > 0 || counts.faults == 0, "{case}");
+        assert!(counts.reads <= counts.faults, "{case}");
     }
     // Each latency is counted where it belongs, and none is negative, endless or out of order.
     assert!(statistics.install.count() > 0, "{case}");

@@ -16,9 +16,12 @@ use crate::{
 /// What became of a granule that a thread asked for.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Resolved {
-    /// It is there and mapped: the access can be repeated.
+    /// It is there, and the access can be repeated. In the vCPU view, or where vCPUs have none of
+    /// their own, it is mapped; in the guest view beside one, the access may have to be answered
+    /// once more, by a reader of the queue or the kernel itself.
     Present,
-    /// It can never come, or the memory itself is in error: the access never succeeds.
+    /// It can never come, or the memory itself is in error: the access never succeeds
+    /// ([`PageSink::poison`](crate::PageSink::poison) says how it ends).
     Poisoned,
     /// The address is in no region.
     NotOurs,
@@ -94,7 +97,8 @@ impl Core {
                         Some(&slice),
                     );
                 }
-                Handled::OnItsWay => {
+                // While it stays on its way this is one fault, however often is looked.
+                Handled::OnItsWay => loop {
                     let Some((region, granule)) = self.find(address) else {
                         return Resolved::NotOurs;
                     };
@@ -102,10 +106,14 @@ impl Core {
                     match map.wait(granule, policy) {
                         Ok(State::Present) => return Resolved::Present,
                         Ok(State::Poisoned) => return Resolved::Poisoned,
-                        // Given back, removed, or still on its way.
-                        Ok(State::Absent | State::Discarded | State::Requested) | Err(_) => {}
+                        // Given back, or removed.
+                        Ok(State::Absent | State::Discarded) => break,
+                        Ok(State::Requested) | Err(_) if interrupted() => {
+                            return Resolved::Interrupted;
+                        }
+                        Ok(State::Requested) | Err(_) => {}
                     }
-                }
+                },
             }
             if interrupted() {
                 return Resolved::Interrupted;

@@ -31,6 +31,11 @@ pub enum Delivery {
     /// thread last ran on.
     ByCpu(u16),
     /// The memory split by address into this many userfaultfds, each with its own reader.
+    ///
+    /// Each region is split into so many parts of equal length, at page boundaries. `mremap` of a
+    /// range with such a boundary in it is EFAULT, and nothing is changed: to the kernel it is two
+    /// mappings. [`Auto`](Self::Auto) therefore splits no memory that an embedder mapped itself,
+    /// unless it says that it [is not moved](crate::Events::Ignore).
     Sharded(u16),
     /// The faulting thread resolves its own fault in a SIGBUS handler. Memory accessed from inside
     /// the kernel (`read(2)` into it, KVM) fails with EFAULT while it is absent.

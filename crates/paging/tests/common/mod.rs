@@ -6,8 +6,8 @@ mod ledger;
 
 pub use ledger::{Answers, Ledger, Loss};
 pub use pageferry_testing::{
-    HUGE, PATIENCE, REGION, Random, Watch, child, features, fill_pattern, huge_pages, layout, peek,
-    poke, shuffled, userfaultfd, verify_all, wait_for, watch, word,
+    HUGE, HugePages, PATIENCE, REGION, Random, Watch, child, features, fill_pattern, huge_pages,
+    layout, peek, poke, shuffled, userfaultfd, verify_all, wait_for, watch, word,
 };
 
 use std::{
@@ -77,6 +77,12 @@ impl Pattern {
         self.hold.store(false, SeqCst);
         let _queue = self.queue.spans.lock().unwrap();
         self.queue.changed.notify_all();
+    }
+
+    /// Answers what it was asked and kept to itself.
+    pub fn answer_now(&self, span: Span) {
+        let sink = self.me.lock().unwrap().clone().expect("attached");
+        self.answer(span, &*sink).unwrap();
     }
 
     pub fn requests(&self) -> u64 {

@@ -1,5 +1,5 @@
 //! The guest's boot memory: a small region at guest-physical 0 that is never paged, with all that
-//! the processor reads by itself.
+//! the processor reads by itself. It is loaded through the guest memory, as a boot loader does.
 //!
 //! | address | what |
 //! |---|---|
@@ -14,10 +14,13 @@
 //! Everything is mapped 1:1, and user code may access it all. Page tables that are always there are
 //! what lets a host with shadow paging, where KVM itself reads them, deliver faults as exits.
 
-use pageferry_memory::{GuestAddress, Mapping};
+use std::sync::Arc;
+
+use pageferry_memory::{Backing, GuestAddress, Region, RegionConfig, Thp};
+use vm_memory::Bytes;
 
 use crate::{
-    Operation, Order, Ring, VmConfig, VmError,
+    GuestMemory, Operation, Order, Ring, VmConfig, VmError,
     pattern::WRITTEN,
     payload::{self, PORT_EXCEPTION, Parameters, REPORT_WORDS, ReportPage, TIME_BUCKETS},
     plan::{self, HIGH_BASE, LOW_BASE, Plan, VcpuPlan},
@@ -77,67 +80,95 @@ pub(crate) struct Task {
     pub(crate) limit: u32,
 }
 
-/// The boot memory.
-#[derive(Debug)]
-pub(crate) struct Boot {
-    memory: Mapping,
-    ring: Ring,
-    operation: u64,
+/// What there is in the boot memory besides what always is.
+#[derive(Copy, Clone, Debug)]
+struct Extent {
     /// GiB that the guest has mapped.
     gibs: u64,
     large_gib: bool,
+    /// Where the tables of the order Zipf begin.
+    tables: u64,
+    end: u64,
 }
 
-impl Boot {
-    /// Makes and fills it.
-    pub(crate) fn new(config: &VmConfig, plan: &Plan) -> Result<Self, VmError> {
+impl Extent {
+    fn of(config: &VmConfig, plan: &Plan) -> Result<Self, VmError> {
         let end = if plan.split.high > 0 { HIGH_BASE + plan.split.high } else { HIGH_BASE };
         let gibs = end.div_ceil(GIB);
         let large_gib = gibs > MAX_DIRECTORIES;
         let tables = DIRECTORIES + if large_gib { 0 } else { gibs * PAGE };
-        let table_bytes = |vcpu| match plan.vcpu(vcpu).order {
-            Order::Zipf => (4 * plan.vcpu(vcpu).touches).next_multiple_of(PAGE),
-            Order::Sequential | Order::Random => 0,
-        };
-        let all_tables: u64 = (0..config.vcpus).map(table_bytes).sum();
+        let all_tables: u64 = (0..config.vcpus).map(|vcpu| table_bytes(plan, vcpu)).sum();
         if tables + all_tables > LOW_BASE {
             return Err(VmError::Config {
                 why: format!("tables of {all_tables:#x} bytes do not fit the boot memory"),
             });
         }
-        let memory = Mapping::anonymous(tables + all_tables)
-            .map_err(|source| VmError::BootMemory { source })?;
+        Ok(Self { gibs, large_gib, tables, end: tables + all_tables })
+    }
+}
+
+/// Of the vCPU's table of units.
+fn table_bytes(plan: &Plan, vcpu: u16) -> u64 {
+    match plan.vcpu(vcpu).order {
+        Order::Zipf => (4 * plan.vcpu(vcpu).touches).next_multiple_of(PAGE),
+        Order::Sequential | Order::Random => 0,
+    }
+}
+
+/// Makes the boot memory, all of it there.
+pub(crate) fn region(config: &VmConfig, plan: &Plan) -> Result<Arc<Region>, VmError> {
+    let mut shape = RegionConfig::new(Extent::of(config, plan)?.end, Backing::Anonymous);
+    shape.thp = Thp::Default;
+    let region = Region::new(&shape)?;
+    region.page_map().set_present(region.all_granules());
+    Ok(Arc::new(region))
+}
+
+/// What is in the boot memory.
+#[derive(Debug)]
+pub(crate) struct Boot {
+    memory: GuestMemory,
+    extent: Extent,
+    ring: Ring,
+    operation: u64,
+}
+
+impl Boot {
+    /// Fills the boot memory, which is part of `memory`.
+    pub(crate) fn load(
+        config: &VmConfig,
+        plan: &Plan,
+        memory: GuestMemory,
+    ) -> Result<Self, VmError> {
+        let extent = Extent::of(config, plan)?;
         let operation = match config.payload.operation {
             Operation::ReadVerify => payload::OPERATION_READ,
             Operation::Write => payload::OPERATION_WRITE,
             Operation::ReadModifyWrite => payload::OPERATION_MODIFY,
         };
-        let boot = Self { memory, ring: config.payload.ring, operation, gibs, large_gib };
+        let boot = Self { memory, extent, ring: config.payload.ring, operation };
         boot.write_page_tables();
         boot.write_descriptors(config.vcpus);
         let code = payload::code();
         assert!(code.len() as u64 <= CODE_END - CODE, "the payload fits its pages");
         boot.write(CODE, code);
-        let mut table = tables;
+        let mut table = extent.tables;
         for vcpu in 0..config.vcpus {
             boot.write_parameters(config, plan, vcpu, table);
             if plan.vcpu(vcpu).order == Order::Zipf {
                 let units: Vec<u8> =
                     plan.units(vcpu).flat_map(|unit| (unit as u32).to_le_bytes()).collect();
                 boot.write(table, &units);
-                table += table_bytes(vcpu);
+                table += table_bytes(plan, vcpu);
             }
         }
         Ok(boot)
     }
 
-    pub(crate) fn mapping(&self) -> &Mapping {
-        &self.memory
-    }
-
     /// All addresses here are this module's own.
     fn write(&self, address: u64, bytes: &[u8]) {
-        self.memory.write_at(address, bytes).expect("inside the boot memory");
+        let address = GuestAddress::new(address).into();
+        self.memory.write_slice(bytes, address).expect("inside the boot memory");
     }
 
     fn write_words(&self, address: u64, words: &[u64]) {
@@ -147,7 +178,7 @@ impl Boot {
 
     fn write_page_tables(&self) {
         self.write_words(PML4, &[PDPT | PRESENT_WRITABLE_USER]);
-        for gib in 0..self.gibs {
+        for gib in 0..self.extent.gibs {
             self.map_gib(gib, gib * GIB);
         }
     }
@@ -155,7 +186,7 @@ impl Boot {
     /// Maps a GiB of the guest's linear addresses to what is at `physical`.
     fn map_gib(&self, gib: u64, physical: u64) {
         let entry = PDPT + 8 * gib;
-        if self.large_gib {
+        if self.extent.large_gib {
             self.write_words(entry, &[physical | LARGE | PRESENT_WRITABLE_USER]);
             return;
         }
@@ -273,7 +304,8 @@ impl Boot {
     /// What the vCPU reported so far, with the histogram of its times.
     pub(crate) fn report(&self, vcpu: u16) -> (ReportPage, Vec<u64>) {
         let mut bytes = [0; 8 * (REPORT_WORDS + TIME_BUCKETS)];
-        self.memory.read_at(report(vcpu), &mut bytes).expect("inside the boot memory");
+        let address = GuestAddress::new(report(vcpu)).into();
+        self.memory.read_slice(&mut bytes, address).expect("inside the boot memory");
         let mut words = bytes
             .chunks_exact(8)
             .map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));

@@ -2,9 +2,8 @@
 
 use std::io;
 
-use pageferry_memory::{
-    GuestAddress, LayoutError, MappingError, OutOfRange, RegionError, RegionId,
-};
+use pageferry_memory::{GuestAddress, LayoutError, RegionError, RegionId, adapter::AdapterError};
+use vm_memory::GuestMemoryError;
 
 /// Why a machine could not be made or run.
 #[derive(Debug, thiserror::Error)]
@@ -25,19 +24,15 @@ pub enum VmError {
         #[source]
         source: io::Error,
     },
-    /// The boot memory could not be mapped.
-    #[error("boot memory: {source}")]
-    BootMemory {
-        /// Why not.
-        #[source]
-        source: MappingError,
-    },
-    /// A region of the paged memory could not be made.
-    #[error("paged memory: {0}")]
+    /// A region of the boot memory or of the paged memory could not be made.
+    #[error("guest memory: {0}")]
     Region(#[from] RegionError),
     /// The regions do not go together.
     #[error("paged memory: {0}")]
     Layout(#[from] LayoutError),
+    /// The regions make no guest memory.
+    #[error("guest memory: {0}")]
+    GuestMemory(#[from] AdapterError),
     /// There is no such region.
     #[error("there is no region {0}")]
     NoRegion(RegionId),
@@ -66,9 +61,9 @@ pub enum VmError {
         #[source]
         source: io::Error,
     },
-    /// Guest memory was accessed beyond its end.
-    #[error("guest memory: {0}")]
-    OutOfRange(#[from] OutOfRange),
+    /// Guest memory was accessed where there is none.
+    #[error("accessing guest memory: {0}")]
+    Access(#[from] GuestMemoryError),
 }
 
 impl VmError {

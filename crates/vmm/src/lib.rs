@@ -39,13 +39,14 @@
 //! | start a pager for the [`Layout`](pageferry_memory::Layout), with a source | [`Vm::pager`] |
 //! | make a [`VmPager`](pageferry_kvm::VmPager), and from it one pager for each vCPU | [`Vm::run`] |
 //! | call its `run` where KVM_RUN was called; EINTR is still the embedder's | `vcpu.rs` |
-//! | touch guest memory from other threads: through the guest view, or asking first | `device.rs` |
+//! | touch guest memory from other threads: through the guest view, or asking first | [`Vm::guest_memory`], `device.rs` |
 //! | tell the `VmPager` of memslots that are moved or removed | [`Vm::move_slot`] |
 //!
 //! # Memory
 //! Boot memory is at guest-physical 0 and never paged; paged memory lies on both sides of the hole
 //! between 3 and 4 GiB, in one region each: half of it (2 GiB at most) begins at 1 GiB, and the rest
-//! at 4 GiB. How it is mapped is the [`Setup`]: (a) to (d). `boot.rs` has the map of the boot memory.
+//! at 4 GiB. How it is mapped is the [`Setup`]: (a) to (d). `boot.rs` has the map of the boot memory,
+//! and `memory.rs` says who uses which view.
 //!
 //! # Guest
 //! [`Payload`] says what each vCPU does: its order, what it does with each unit, in which ring.
@@ -83,7 +84,7 @@ mod vm;
 
 pub use config::{Operation, Order, Payload, Ring, Setup, Share, VmConfig};
 pub use error::VmError;
-pub use memory::Verified;
+pub use memory::{GuestMemory, Verified};
 pub use pattern::{Pattern, WRITTEN, expected_word};
 pub use report::{DeviceReport, End, Mismatch, Report, TouchTimes, VcpuReport};
 pub use runner::{KvmRun, VcpuRunner};

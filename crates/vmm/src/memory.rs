@@ -1,14 +1,21 @@
-//! The paged memory: its regions for each set-up, its first contents, and what must be in it after
-//! a run.
+//! The guest's memory: the paged regions for each set-up, their first contents, and what must be
+//! in them after a run.
+//!
+//! | who | through which view |
+//! |---|---|
+//! | KVM | each region's `kvm_view`: the guest view, or its own |
+//! | loading the boot memory (`boot.rs`) | the guest view: it is never paged |
+//! | device threads (`device.rs`) | the guest view, where they fault as the guest does |
+//! | filling and comparing the paged memory (here) | the fill view, where nothing faults; the guest view of anonymous memory, which has no other, and where only what is present is touched |
 
 use std::sync::Arc;
 
 use pageferry_memory::{
-    Backing, GranuleIndex, GuestAddress, HostAddress, Layout, Mapping, PageSize, Region,
-    RegionConfig, State,
+    Backing, GranuleIndex, GuestAddress, PageSize, Region, RegionConfig, State,
+    adapter::{self, AdapterError, RegionMemory, View},
 };
-
 use pageferry_paging::Delivery;
+use vm_memory::{Bytes, GuestMemoryBackend, GuestRegionCollection};
 
 use crate::{
     Operation, Pattern, Setup, VmConfig, VmError,
@@ -21,6 +28,22 @@ use crate::{
 pub(crate) const DEVICE_OFFSET: u64 = 72;
 
 const PAGE: u64 = PageSize::SIZE_4K.bytes();
+
+/// The memory of a machine by guest address, as `vm-memory` and what builds on it use it.
+pub type GuestMemory = GuestRegionCollection<RegionMemory>;
+
+/// The paged regions in a view in which memory that is present can be accessed without waiting.
+pub(crate) fn contents(
+    config: &VmConfig,
+    regions: &[Arc<Region>],
+) -> Result<GuestMemory, AdapterError> {
+    let view = if has_fill_view(config) { View::Fill } else { View::Guest };
+    adapter::guest_memory(regions, view)
+}
+
+fn has_fill_view(config: &VmConfig) -> bool {
+    config.setup != Setup::Missing
+}
 
 /// The regions on both sides of the hole, as the set-up has them. Every granule is absent.
 pub(crate) fn regions(config: &VmConfig, plan: &Plan) -> Result<Vec<Arc<Region>>, VmError> {
@@ -40,7 +63,7 @@ fn region(config: &VmConfig, base: u64, len: u64) -> RegionConfig {
     };
     let mut region = RegionConfig::new(len, backing);
     region.guest_base = GuestAddress::new(base);
-    region.fill_view = config.setup != Setup::Missing;
+    region.fill_view = has_fill_view(config);
     region.vcpu_view = config.setup == Setup::MinorOwnView;
     region
 }
@@ -55,34 +78,21 @@ pub(crate) fn must_ask_first(region: &Region, delivery: Delivery) -> bool {
     }
 }
 
-/// A view in which memory that is present can be accessed without waiting.
-fn view(region: &Region) -> &Mapping {
-    region.fill_view().unwrap_or_else(|| region.guest_view())
-}
-
 /// Writes the first contents and declares them present: the memory of a machine without a pager.
-pub(crate) fn fill(layout: &[Arc<Region>], pattern: Pattern) -> Result<(), VmError> {
+pub(crate) fn fill(contents: &GuestMemory, pattern: Pattern) -> Result<(), VmError> {
     let mut bytes = vec![0; 1 << 20];
-    for region in layout {
+    for region in contents.iter().map(RegionMemory::region) {
         let mut offset = 0;
         while offset < region.len() {
             let piece = bytes.len().min((region.len() - offset) as usize);
             let address = GuestAddress::new(region.guest_base().get() + offset);
             pattern.fill(address, &mut bytes[..piece]);
-            view(region).write_at(offset, &bytes[..piece])?;
+            contents.write_slice(&bytes[..piece], address.into())?;
             offset += piece as u64;
         }
         region.page_map().set_present(region.all_granules());
     }
     Ok(())
-}
-
-/// Where the host has a guest address in the guest view.
-pub(crate) fn host_address(layout: &Layout, guest: GuestAddress) -> Option<HostAddress> {
-    let (id, _) = layout.find_guest(guest)?;
-    let region = layout.get(id)?;
-    let offset = guest.offset_from(region.guest_base())?;
-    region.guest_view().range().start().checked_add(offset)
 }
 
 /// What comparing all of the memory found.
@@ -130,13 +140,13 @@ impl Expectation<'_> {
     }
 
     /// Compares every word of every granule that is present.
-    pub(crate) fn compare(&self, layout: &[Arc<Region>]) -> Result<Verified, VmError> {
+    pub(crate) fn compare(&self, contents: &GuestMemory) -> Result<Verified, VmError> {
         let touched = self.plan.touched();
         let unit_bytes = self.plan.unit.bytes();
         let mut verified = Verified::default();
         let (mut found, mut expected) = ([0; PAGE as usize], [0; PAGE as usize]);
         let mut units_before = 0;
-        for region in layout {
+        for region in contents.iter().map(RegionMemory::region) {
             let granule_bytes = region.granule().bytes();
             for granule in (0..region.granules()).map(GranuleIndex::new) {
                 if region.page_map().state(granule) != State::Present {
@@ -148,7 +158,7 @@ impl Expectation<'_> {
                     let touched = touched[(units_before + offset / unit_bytes) as usize];
                     let address = GuestAddress::new(region.guest_base().get() + offset);
                     self.page(address, offset % unit_bytes, touched, &mut expected);
-                    view(region).read_at(offset, &mut found)?;
+                    contents.read_slice(&mut found, address.into())?;
                     verified.add_page(address, &found, &expected);
                 }
             }

@@ -36,6 +36,8 @@ pub struct PatternOptions {
     /// It panics, once, when the granule of this address is requested, and answers when it is
     /// requested again.
     pub panic_at: Option<GuestAddress>,
+    /// It keeps requests back until it is [released](PatternSource::release).
+    pub held: bool,
 }
 
 /// Serves what [`expected_word`](crate::expected_word) says.
@@ -46,6 +48,8 @@ pub struct PatternSource {
     shared: Arc<Shared>,
     pool: Mutex<Option<Pool>>,
     sink: Mutex<Option<Arc<dyn PageSink>>>,
+    /// What is kept back, while anything is.
+    held: Mutex<Option<Vec<Span>>>,
 }
 
 /// What the pool's threads need, too.
@@ -63,6 +67,7 @@ impl PatternSource {
     /// A source that is there.
     pub fn new(options: PatternOptions) -> Arc<Self> {
         Arc::new(Self {
+            held: Mutex::new(options.held.then(Vec::new)),
             shared: Arc::new(Shared {
                 panic_armed: AtomicBool::new(options.panic_at.is_some()),
                 options,
@@ -87,6 +92,17 @@ impl PatternSource {
         }
     }
 
+    /// Answers what was kept back, and keeps nothing back any more.
+    ///
+    /// # Errors
+    /// When it is lost or detached; nothing of that is answered then.
+    pub fn release(&self) -> Result<(), SourceError> {
+        let held = lock(&self.held).take().unwrap_or_default();
+        let sink = lock(&self.sink).clone();
+        let Some(sink) = sink else { return Err(detached()) };
+        held.into_iter().try_for_each(|span| self.serve(span, &*sink))
+    }
+
     /// Requests it got.
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(SeqCst)
@@ -105,6 +121,29 @@ impl PatternSource {
     /// How many times it was told that all memory is there.
     pub fn completions(&self) -> u64 {
         self.shared.completions.load(SeqCst)
+    }
+
+    /// Answers now, or has the pool do it.
+    fn serve(&self, span: Span, sink: &dyn PageSink) -> Result<(), SourceError> {
+        if self.threads() == 0 {
+            return match self.shared.answer(span, sink) {
+                // Whoever stopped the pager expects no answer.
+                Ok(()) | Err(SinkError::Stopped) => Ok(()),
+                Err(error) => Err(SourceError::Lost(error.to_string())),
+            };
+        }
+        match lock(&self.pool).as_ref() {
+            Some(pool) => {
+                pool.push(span, self.shared.options.delay);
+                Ok(())
+            }
+            None => Err(detached()),
+        }
+    }
+
+    /// Whether a request is answered before it returns, without a lock.
+    fn is_direct(&self) -> bool {
+        self.threads() == 0 && !self.shared.options.held
     }
 
     fn threads(&self) -> usize {
@@ -155,28 +194,21 @@ impl PageSource for PatternSource {
         {
             panic!("a page source panics on purpose, asked for {span}");
         }
-        if self.threads() == 0 {
-            return match shared.answer(span, sink) {
-                // Whoever stopped the pager expects no answer.
-                Ok(()) | Err(SinkError::Stopped) => Ok(()),
-                Err(error) => Err(SourceError::Lost(error.to_string())),
-            };
+        if shared.options.held
+            && let Some(held) = lock(&self.held).as_mut()
+        {
+            held.push(span);
+            return Ok(());
         }
-        match lock(&self.pool).as_ref() {
-            Some(pool) => {
-                pool.push(span, shared.options.delay);
-                Ok(())
-            }
-            None => Err(SourceError::Lost("it is detached".to_owned())),
-        }
+        self.serve(span, sink)
     }
 
     fn signal_safe(&self) -> bool {
-        self.threads() == 0
+        self.is_direct()
     }
 
     fn answers_inline(&self) -> bool {
-        self.threads() == 0
+        self.is_direct()
     }
 
     fn complete(&self, _counts: Completion) -> Result<(), SourceError> {
@@ -280,6 +312,10 @@ enum Kind {
 
 fn contains_any(start: GuestAddress, len: u64, addresses: &[GuestAddress]) -> bool {
     addresses.iter().any(|address| address.offset_from(start).is_some_and(|offset| offset < len))
+}
+
+fn detached() -> SourceError {
+    SourceError::Lost("it is detached".to_owned())
 }
 
 fn lost() -> SourceError {

@@ -11,12 +11,15 @@ use std::{
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use pageferry_kvm::{Slot, VmPager};
-use pageferry_memory::{GuestAddress, HostRange, Layout, PageSize, Region, RegionId};
+use pageferry_memory::{
+    GuestAddress, HostRange, Layout, PageSize, Region, RegionId,
+    adapter::{self, View},
+};
 use pageferry_paging::{Builder, Delivery, Events, InstallMethod, Pager};
 
 use crate::{
-    KvmRun, Setup, VcpuRunner, VmConfig, VmError,
-    boot::Boot,
+    GuestMemory, KvmRun, Setup, VcpuRunner, VmConfig, VmError,
+    boot::{self, Boot},
     control::Control,
     device::Device,
     memory::{self, Expectation, Verified},
@@ -52,7 +55,12 @@ pub struct Vm {
     vcpus: Vec<Vcpu>,
     fd: VmFd,
     boot: Boot,
+    /// Those that are paged.
     regions: Vec<Arc<Region>>,
+    /// All regions, in their guest views.
+    memory: GuestMemory,
+    /// Those that are paged, in a view in which what is present can be accessed without waiting.
+    contents: GuestMemory,
     plan: Plan,
     config: VmConfig,
     control: Control,
@@ -69,8 +77,12 @@ impl Vm {
     pub fn new(config: VmConfig) -> Result<Self, VmError> {
         config.check()?;
         let plan = Plan::new(&config);
-        let boot = Boot::new(&config, &plan)?;
         let regions = memory::regions(&config, &plan)?;
+        let contents = memory::contents(&config, &regions)?;
+        let boot_region = boot::region(&config, &plan)?;
+        let all = std::iter::once(&boot_region).chain(&regions);
+        let memory = adapter::guest_memory(all, View::Guest)?;
+        let boot = Boot::load(&config, &plan, memory.clone())?;
         let kvm = Kvm::new().map_err(VmError::kvm("opening /dev/kvm"))?;
         let fd = kvm.create_vm().map_err(VmError::kvm("KVM_CREATE_VM"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(VmError::kvm("KVM_SET_TSS_ADDR"))?;
@@ -91,12 +103,14 @@ impl Vm {
             fd,
             boot,
             regions,
+            memory,
+            contents,
             plan,
             config,
             control: Control::default(),
             running: Mutex::new(()),
         };
-        vm.set_slot(BOOT_SLOT, GuestAddress::new(0), vm.boot.mapping().range())?;
+        vm.set_slot(BOOT_SLOT, boot_region.guest_base(), boot_region.kvm_view().range())?;
         for (id, region) in vm.regions() {
             vm.set_slot(slot(id), region.guest_base(), region.kvm_view().range())?;
         }
@@ -111,6 +125,15 @@ impl Vm {
     /// The paged memory, for a pager. Each call puts the same regions together anew.
     pub fn layout(&self) -> Layout {
         Layout::new(self.regions.clone()).expect("regions on both sides of the hole")
+    }
+
+    /// The machine's memory by guest address, that to boot from included, in the guest views: what
+    /// the emulation of a device works with. An access to paged memory that is absent faults as the
+    /// guest's do; where faults are exits, ask [`Pager::resolve`] first (see [`View::Guest`]).
+    ///
+    /// It keeps the memory alive, and does not follow memslots that are moved.
+    pub fn guest_memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// A pager's builder for this machine: its memory, and what its set-up asks for. With set-up (d)
@@ -135,7 +158,7 @@ impl Vm {
     /// # Errors
     /// Never, short of a bug.
     pub fn fill(&self) -> Result<(), VmError> {
-        memory::fill(&self.regions, self.config.payload.pattern)
+        memory::fill(&self.contents, self.config.payload.pattern)
     }
 
     /// Runs all vCPUs from the beginning of the payload, each on a thread of its own, until each has
@@ -174,7 +197,6 @@ impl Vm {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Err(VmError::Running),
         };
-        let layout = self.layout();
         let runners: Vec<_> = (0..self.config.vcpus).map(runner).collect();
         let started = Instant::now();
         let result = thread::scope(|scope| {
@@ -191,7 +213,7 @@ impl Vm {
             let mut devices = Vec::new();
             for number in 0..options.devices {
                 let device = Device {
-                    layout: &layout,
+                    memory: &self.memory,
                     plan: &self.plan,
                     pattern: self.config.payload.pattern,
                     pager,
@@ -339,7 +361,7 @@ impl Vm {
             pattern: payload.pattern,
             devices,
         };
-        expectation.compare(&self.regions)
+        expectation.compare(&self.contents)
     }
 
     /// The granules that the payload touches, of all regions together: how many a pager without
@@ -393,7 +415,7 @@ impl Vm {
             userspace_addr: host.start().get(),
         };
         // SAFETY: the range is one of the machine's mappings, of which no Rust reference exists, and
-        // which are dropped after the machine.
+        // which `self.memory` keeps until after the machine is dropped.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(VmError::kvm(format!(
             "KVM_SET_USER_MEMORY_REGION {slot}, {:#x} bytes at {guest}",
             host.len()

@@ -11,9 +11,6 @@ use pageferry_memory::{GuestAddress, PageSize};
 use pageferry_paging::{Delivery, Prefetch, Status};
 use pageferry_vmm::{Operation, Order, Pattern, PatternOptions, Ring, Setup, Share, VmConfig};
 
-const SMALL: PageSize = PageSize::SIZE_4K;
-const HUGE: PageSize = PageSize::SIZE_2M;
-
 fn run_payloads(case: Case, ring: Ring) {
     for (order, operation, of_ring) in payloads() {
         if of_ring != ring {
@@ -27,24 +24,16 @@ fn run_payloads(case: Case, ring: Ring) {
 
 #[test]
 fn every_payload_in_ring_3() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(120);
-    for case in cases(SMALL) {
+    each_case(120, |case| {
         run_payloads(case, Ring::Three);
-    }
+    });
 }
 
 #[test]
 fn every_payload_in_ring_0() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(120);
-    for case in cases(SMALL) {
+    each_case(120, |case| {
         run_payloads(case, Ring::Zero);
-    }
+    });
 }
 
 #[test]
@@ -95,11 +84,7 @@ fn pages_of_1_gib() {
 
 #[test]
 fn eight_vcpus() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(120);
-    for case in cases(SMALL) {
+    each_case(120, |case| {
         for threads in [0, 3] {
             let config = config(
                 Order::Random,
@@ -112,17 +97,16 @@ fn eight_vcpus() {
             let source = PatternOptions { threads, ..PatternOptions::default() };
             Paged::new(case, config, source).run_and_check(0);
         }
-    }
+    });
 }
 
 /// With a queue the kernel holds a vCPU up inside KVM_RUN, and a VMM need know nothing of paging.
 #[test]
 fn a_queue_needs_nothing_of_the_vmm() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(120);
-    for case in cases(SMALL).filter(|case| !case.delivery.exits()) {
+    each_case(120, |case| {
+        if case.delivery.exits() {
+            return;
+        }
         for vcpus in [2, 8] {
             let config = config(
                 Order::Random,
@@ -136,20 +120,16 @@ fn a_queue_needs_nothing_of_the_vmm() {
             let report = paged.vm.run(None, &Default::default()).unwrap();
             assert!(report.is_good(), "{case}: {report}");
             assert!(report.vcpus.iter().all(|vcpu| vcpu.pager.is_none()));
-            paged.check_contents(false);
             paged.check_counts(1024);
+            paged.check_contents(false);
         }
-    }
+    });
 }
 
 /// All vCPUs want the same pages at the same time: each page is asked for once, and all go on.
 #[test]
 fn one_request_for_a_page_that_all_want() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(120);
-    for case in cases(SMALL) {
+    each_case(120, |case| {
         for order in [Order::Sequential, Order::Random] {
             let config =
                 config(order, Operation::ReadVerify, Ring::Three, Share::All, 8, 512 << 12);
@@ -158,17 +138,13 @@ fn one_request_for_a_page_that_all_want() {
             let report = Paged::new(case, config, source).run_and_check(0);
             assert_eq!(report.touches(), 8 * 512);
         }
-    }
+    });
 }
 
 /// vCPUs and devices on the same pages, whatever the mixture of deliveries.
 #[test]
 fn device_threads_beside_vcpus() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(120);
-    for case in cases(SMALL) {
+    each_case(120, |case| {
         for operation in Operation::ALL {
             let config = config(Order::Random, operation, Ring::Three, Share::Own, 4, 1024 << 12);
             let delay = Duration::from_micros(20);
@@ -176,16 +152,12 @@ fn device_threads_beside_vcpus() {
             let report = Paged::new(case, config, source).run_and_check(3);
             assert_eq!(report.devices.iter().map(|device| device.pages).sum::<u64>(), 3 * 1024);
         }
-    }
+    });
 }
 
 #[test]
 fn pages_that_nobody_asked_for_may_come_first() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(120);
-    for case in cases(SMALL) {
+    each_case(120, |case| {
         for prefetch in [Prefetch::SWEEP, Prefetch::around(16 << 12), Prefetch::default()] {
             let config = config(
                 Order::Random,
@@ -212,33 +184,25 @@ fn pages_that_nobody_asked_for_may_come_first() {
             let exits: u64 = paged.vm_pager.stats()[4..].iter().map(|stats| stats.exits()).sum();
             assert_eq!(exits, 0, "{case}, {prefetch:?}");
         }
-    }
+    });
 }
 
 #[test]
 fn all_memory_may_be_zero() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(60);
-    for case in cases(SMALL) {
+    each_case(60, |case| {
         let mut config = VmConfig::new(2, 256 << 12);
         config.payload.pattern = Pattern { zero_every: 1 };
         let paged = Paged::new(case, config, PatternOptions::default());
         paged.run_and_check(0);
         wait_for("zero pages to be counted", || paged.pager.statistics().counts.zero >= 256);
         assert_eq!(paged.pager.statistics().counts.zero, 256, "{case}");
-    }
+    });
 }
 
 /// A test of the tests: a source that serves one wrong word is found out.
 #[test]
 fn a_source_that_lies_is_found_out() {
-    if !can_page() {
-        return;
-    }
-    let _watch = watch(60);
-    for case in cases(SMALL) {
+    each_case(60, |case| {
         let lie = GuestAddress::new((4 << 30) + (100 << 12) + 512);
         let config = VmConfig::new(2, 512 << 12);
         let source = PatternOptions { lies: vec![lie], ..PatternOptions::default() };
@@ -247,7 +211,7 @@ fn a_source_that_lies_is_found_out() {
         assert_eq!(report.mismatches(), 1, "{case}: {report}");
         assert_eq!(report.vcpus[1].first_mismatch.unwrap().address, lie, "{case}");
         assert_eq!(paged.vm.verify(false).unwrap().first.unwrap().address, lie, "{case}");
-    }
+    });
 }
 
 /// What a run costs in exits: one for each page, none with a queue.

@@ -69,6 +69,7 @@ impl Program {
             .args(&self.0[1..])
             .env_clear()
             .envs([("HOME", "/root"), ("PATH", "/bin"), ("RUST_BACKTRACE", "1")])
+            .envs(asked_for())
             .current_dir("/tmp")
             .stdin(Stdio::null())
             .stdout(output.try_clone().map_err(failed)?)
@@ -112,4 +113,11 @@ mod tests {
             assert_eq!(words(bytes), None, "{bytes:?}");
         }
     }
+}
+
+/// What `--env` says.
+fn asked_for() -> impl Iterator<Item = (String, String)> {
+    std::env::vars().filter_map(|(name, value)| {
+        name.strip_prefix("LAB_ENV_").map(|name| (name.to_owned(), value))
+    })
 }

@@ -3,7 +3,11 @@
 
 pub use pageferry_testing::{HugePages, PATIENCE, userfaultfd, wait_for, watch};
 
+use pageferry_memory::PageSize;
 use pageferry_vmm::{Operation, Order, Ring};
+
+pub const SMALL: PageSize = PageSize::SIZE_4K;
+pub const HUGE: PageSize = PageSize::SIZE_2M;
 
 /// Whether there is a KVM that this process may use; says so if not.
 pub fn kvm() -> bool {
@@ -17,6 +21,17 @@ pub fn kvm() -> bool {
 /// Whether the host has what paging a guest needs; says so if not.
 pub fn can_page() -> bool {
     kvm() && userfaultfd()
+}
+
+/// Runs `test` for every delivery on every set-up that can have it, with pages of 4 KiB, if the host
+/// has what that needs. All together works in so many seconds.
+#[track_caller]
+pub fn each_case(seconds: u64, test: impl FnMut(Case)) {
+    if !can_page() {
+        return;
+    }
+    let _watch = watch(seconds);
+    cases(SMALL).for_each(test);
 }
 
 /// Pages enough for several of each vCPU, and few enough for an emulated ring 0.
@@ -40,4 +55,4 @@ mod giant;
 mod paged;
 
 pub use giant::GiantPages;
-pub use paged::{Case, HUGE_MEMORY, Paged, cases, config};
+pub use paged::{Case, HUGE_MEMORY, Paged, cases, config, name};

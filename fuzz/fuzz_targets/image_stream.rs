@@ -6,8 +6,8 @@
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use pageferry_migrate::{
     core::{
-        Counts, DataHeader, Encoder, Frame, ImageBegin, ImageCounts, ImageEnd, ImageId, ImageStored,
-        WireSpan,
+        Counts, DataHeader, Encoder, Frame, ImageBegin, ImageCounts, ImageEnd, ImageId,
+        ImageStored, WireSpan,
     },
     fuzz,
 };
@@ -57,7 +57,12 @@ impl Input<'_> {
             // Made to fit where the digest is zero.
             13..=15 => Frame::ImageEnd(ImageEnd {
                 counts: self.counts()?,
-                digest: if self.choices.ratio(7, 8)? { [0; 32] } else { self.choices.arbitrary()? },
+                frames: [0; 32],
+                pages: if self.choices.ratio(7, 8)? {
+                    [0; 32]
+                } else {
+                    self.choices.arbitrary()?
+                },
             }),
             16 => Frame::abort(self.choices.arbitrary()?),
             17 => Frame::ImageStored(ImageStored { id: self.id()?, counts: self.counts()? }),

@@ -91,8 +91,14 @@ fn counts(choices: &mut Unstructured<'_>) -> Result<Counts> {
 }
 
 fn hello(choices: &mut Unstructured<'_>) -> Result<Hello> {
-    let role = *choices.choose(&[Role::Source, Role::Destination, Role::Reader])?;
-    let channel = *choices.choose(&[Channel::Demand, Channel::Background])?;
+    let role = *choices.choose(&[
+        Role::Source,
+        Role::Destination,
+        Role::Reader,
+        Role::ImageSender,
+        Role::ImageReceiver,
+    ])?;
+    let channel = *choices.choose(&[Channel::Demand, Channel::Background, Channel::Images])?;
     let session = SessionId(*b"fuzzfuzzfuzzfuzz");
     let mut hello = Terms::default().offer(role, channel, session);
     if choices.ratio(1, 4)? {

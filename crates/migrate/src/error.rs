@@ -85,6 +85,9 @@ pub enum MigrateError {
         /// The first such granule.
         granule: u64,
     },
+    /// An image cannot be stored on this side.
+    #[error("it cannot be stored: {0}")]
+    Store(String),
     /// A second attach, or a use before the first.
     #[error("{0}")]
     Misuse(&'static str),

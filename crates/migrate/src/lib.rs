@@ -4,6 +4,8 @@
 //! * [`PeerSource`]: the destination's end, a [`PageSource`](pageferry_paging::PageSource).
 //! * [`PageServer`]: the source's end, which serves any [`PageStore`] to any number of clients.
 //! * [`PeerReader`]: reads a peer's memory without taking it over.
+//! * [`ImageSender`], [`ImageReceiver`]: whole images, each as it is made, from one side to the
+//!   other.
 
 #![deny(unsafe_code)]
 
@@ -12,6 +14,7 @@ pub mod fuzz;
 
 mod endpoint;
 mod error;
+mod images;
 mod net;
 mod peer;
 mod reader;
@@ -20,7 +23,11 @@ mod store;
 
 pub use endpoint::{Endpoint, EndpointError};
 pub use error::MigrateError;
-pub use net::Piece;
+pub use images::{
+    ImageDescription, ImageInProgress, ImageReceiver, ImageSender, ImageSink, ImageStreamError,
+    ReceiveEvent, ReceivedImages, ReceiverOptions, SenderOptions, SinkFailure,
+};
+pub use net::{Piece, Stop};
 pub use peer::{PeerOptions, PeerSource};
 pub use reader::PeerReader;
 pub use server::{

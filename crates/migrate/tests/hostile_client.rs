@@ -289,6 +289,7 @@ fn violations() {
             let raw = match channel {
                 Channel::Demand => &mut demand,
                 Channel::Background => &mut background,
+                Channel::Images => unreachable!("a source has no such channel"),
             };
             // Only the demand channel is silent in that case.
             script(raw);

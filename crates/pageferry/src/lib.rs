@@ -36,10 +36,13 @@
 
 #![forbid(unsafe_code)]
 
+pub use pageferry_checkpoint as checkpoint;
+pub use pageferry_dirty as dirty;
 pub use pageferry_image as image;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub use pageferry_kvm as kvm;
 pub use pageferry_memory as memory;
 pub use pageferry_migrate as migrate;
 pub use pageferry_paging as paging;
+pub use pageferry_process as process;
 pub use pageferry_uffd as uffd;

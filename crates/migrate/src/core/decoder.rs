@@ -3,10 +3,12 @@
 use zerocopy::FromBytes;
 
 use super::{
-    Counts, DataHeader, Frame, HEADER_LEN, Hello, Kind, MAX_REGIONS, MAX_TEXT, ProtocolError,
-    REGION_LEN, Refusal, RefusalCode, RegionInfo, WireSpan,
-    frame::{FLAG_FRAGMENT, FLAG_PREFETCH, FRAME_MAGIC, RawHeader},
+    Counts, DataHeader, Frame, HEADER_LEN, Hello, ImageBegin, ImageEnd, ImageStored, Kind,
+    MAX_CHUNK, MAX_REGIONS, MAX_TEXT, ProtocolError, REGION_LEN, Refusal, RefusalCode, RegionInfo,
+    WireSpan,
+    frame::{FLAG_FRAGMENT, FLAG_PARENT, FLAG_PREFETCH, FRAME_MAGIC, RawHeader},
     hello::{HELLO_LEN, HELLO_MAX},
+    images::{IMAGE_BEGIN_LEN, IMAGE_END_LEN, IMAGE_STORED_LEN},
 };
 
 /// What [`Decoder::feed`] found.
@@ -162,7 +164,8 @@ impl Decoder {
                     fragment: (header.flags & FLAG_FRAGMENT != 0).then(|| header.aux.get()),
                 })
             }
-            Kind::Hello | Kind::Regions | Kind::Error if header.length.get() != 0 => {
+            // Every other payload is a control frame's: `check_header` has bounded it.
+            _ if header.length.get() != 0 => {
                 self.state = State::Control { header, kind };
                 return Ok(None);
             }
@@ -188,13 +191,18 @@ fn check_header(header: &RawHeader, max_payload: u32) -> Result<Kind, ProtocolEr
 
     // Which of region+first, count, aux and flags this kind uses.
     let (place, count, aux, flags) = match kind {
-        Kind::Hello | Kind::Bye => (false, false, false, 0),
+        Kind::Hello | Kind::Bye | Kind::ImageEnd | Kind::ImageAbort | Kind::ImageStored => {
+            (false, false, false, 0)
+        }
         Kind::Regions => (false, true, false, 0),
         Kind::Request => (true, true, false, FLAG_PREFETCH),
-        Kind::Expedite | Kind::Zero | Kind::Poison => (true, true, false, 0),
+        Kind::Expedite | Kind::Zero | Kind::Poison | Kind::Gone => (true, true, false, 0),
         Kind::Data => (true, true, header.flags & FLAG_FRAGMENT != 0, FLAG_FRAGMENT),
         Kind::Complete | Kind::CompleteAck => (true, false, true, 0),
-        Kind::Error | Kind::Ping | Kind::Pong => (false, false, true, 0),
+        Kind::Error | Kind::Ping | Kind::Pong | Kind::ImageMetadata | Kind::ImageMappings => {
+            (false, false, true, 0)
+        }
+        Kind::ImageBegin => (false, false, false, FLAG_PARENT),
     };
     let counts_only = matches!(kind, Kind::Complete | Kind::CompleteAck);
     let not_zero = |field| Err(ProtocolError::NotZero { kind, field });
@@ -217,6 +225,13 @@ fn check_header(header: &RawHeader, max_payload: u32) -> Result<Kind, ProtocolEr
         return not_zero("the auxiliary field");
     }
 
+    let exactly = |expected: usize| {
+        if length as usize == expected {
+            Ok(())
+        } else {
+            Err(bad_length(format!("exactly {expected} needed")))
+        }
+    };
     match kind {
         Kind::Data if length == 0 || length > max_payload => {
             return Err(bad_length(format!("1 to {max_payload} allowed")));
@@ -233,10 +248,21 @@ fn check_header(header: &RawHeader, max_payload: u32) -> Result<Kind, ProtocolEr
                 return Err(bad_length(format!("its regions have {expected}")));
             }
         }
-        Kind::Error if length > MAX_TEXT => {
+        Kind::Error | Kind::ImageAbort if length > MAX_TEXT => {
             return Err(bad_length(format!("at most {MAX_TEXT} allowed")));
         }
-        Kind::Data | Kind::Hello | Kind::Error => {}
+        Kind::ImageMetadata | Kind::ImageMappings if length == 0 || length > MAX_CHUNK => {
+            return Err(bad_length(format!("1 to {MAX_CHUNK} allowed")));
+        }
+        Kind::ImageBegin => exactly(IMAGE_BEGIN_LEN)?,
+        Kind::ImageEnd => exactly(IMAGE_END_LEN)?,
+        Kind::ImageStored => exactly(IMAGE_STORED_LEN)?,
+        Kind::Data
+        | Kind::Hello
+        | Kind::Error
+        | Kind::ImageAbort
+        | Kind::ImageMetadata
+        | Kind::ImageMappings => {}
         _ if length != 0 => return Err(bad_length("none allowed".into())),
         _ => {}
     }
@@ -274,5 +300,15 @@ fn control_frame(kind: Kind, header: &RawHeader, payload: &[u8]) -> Result<Frame
         Kind::Bye => Frame::Bye,
         Kind::Ping => Frame::Ping { nonce },
         Kind::Pong => Frame::Pong { nonce },
+        Kind::ImageBegin => {
+            let has_parent = header.flags & FLAG_PARENT != 0;
+            Frame::ImageBegin(ImageBegin::from_bytes(payload, has_parent)?)
+        }
+        Kind::ImageMetadata => Frame::ImageMetadata { offset: nonce, bytes: payload.to_vec() },
+        Kind::ImageMappings => Frame::ImageMappings { offset: nonce, bytes: payload.to_vec() },
+        Kind::Gone => Frame::Gone { span: span(header) },
+        Kind::ImageEnd => Frame::ImageEnd(ImageEnd::from_bytes(payload)?),
+        Kind::ImageAbort => Frame::abort(&String::from_utf8_lossy(payload)),
+        Kind::ImageStored => Frame::ImageStored(ImageStored::from_bytes(payload)?),
     })
 }

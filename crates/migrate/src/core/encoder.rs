@@ -2,7 +2,7 @@
 
 use super::{
     Counts, DataHeader, Frame, HEADER_LEN, Kind, WireSpan,
-    frame::{FLAG_FRAGMENT, FLAG_PREFETCH, FRAME_MAGIC, RawHeader},
+    frame::{FLAG_FRAGMENT, FLAG_PARENT, FLAG_PREFETCH, FRAME_MAGIC, RawHeader},
 };
 
 /// Turns frames into bytes. The header-only frames of the fault path are built on the stack.
@@ -24,6 +24,12 @@ fn header(kind: Kind, flags: u8, span: WireSpan, length: u32, aux: u64) -> [u8; 
         aux: aux.into(),
     };
     zerocopy::transmute!(raw)
+}
+
+/// Appends a frame of no span, with its payload.
+fn payload(kind: Kind, flags: u8, aux: u64, bytes: &[u8], out: &mut Vec<u8>) {
+    out.extend(header(kind, flags, NO_SPAN, bytes.len() as u32, aux));
+    out.extend(bytes);
 }
 
 impl Encoder {
@@ -97,18 +103,23 @@ impl Encoder {
         header(Kind::Pong, 0, NO_SPAN, 0, nonce)
     }
 
+    /// Pages that are no longer memory.
+    #[must_use]
+    pub fn gone(span: WireSpan) -> [u8; HEADER_LEN] {
+        header(Kind::Gone, 0, span, 0, 0)
+    }
+
     /// Appends any frame to `out`; of a data frame, the header only.
     ///
     /// # Panics
-    /// If a `Regions` frame has more than [`MAX_REGIONS`](super::MAX_REGIONS) regions or an
-    /// `Error` frame a text longer than [`MAX_TEXT`](super::MAX_TEXT): [`Geometry`](super::Geometry)
-    /// and [`Refusal::new`](super::Refusal::new) keep to both.
+    /// If a `Regions` frame has more than [`MAX_REGIONS`](super::MAX_REGIONS) regions, an `Error`
+    /// or `ImageAbort` frame a text longer than [`MAX_TEXT`](super::MAX_TEXT), or a part of a
+    /// description more than [`MAX_CHUNK`](super::MAX_CHUNK) bytes: [`Geometry`](super::Geometry),
+    /// [`Refusal::new`](super::Refusal::new) and [`Frame::abort`] keep to that.
     pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         match frame {
             Frame::Hello(hello) => {
-                let payload = hello.to_bytes();
-                out.extend(header(Kind::Hello, 0, NO_SPAN, payload.len() as u32, 0));
-                out.extend(payload);
+                payload(Kind::Hello, 0, 0, &hello.to_bytes(), out);
             }
             Frame::Regions(regions) => {
                 assert!(regions.len() <= super::MAX_REGIONS as usize, "too many regions");
@@ -120,8 +131,7 @@ impl Encoder {
             Frame::Error(refusal) => {
                 assert!(refusal.text.len() <= super::MAX_TEXT as usize, "error text too long");
                 let code = u64::from(refusal.code.to_wire());
-                out.extend(header(Kind::Error, 0, NO_SPAN, refusal.text.len() as u32, code));
-                out.extend(refusal.text.as_bytes());
+                payload(Kind::Error, 0, code, refusal.text.as_bytes(), out);
             }
             Frame::Request { span, prefetch } => out.extend(Self::request(*span, *prefetch)),
             Frame::Expedite { span } => out.extend(Self::expedite(*span)),
@@ -133,6 +143,27 @@ impl Encoder {
             Frame::Bye => out.extend(Self::bye()),
             Frame::Ping { nonce } => out.extend(Self::ping(*nonce)),
             Frame::Pong { nonce } => out.extend(Self::pong(*nonce)),
+            Frame::ImageBegin(begin) => {
+                let flags = if begin.parent.is_some() { FLAG_PARENT } else { 0 };
+                payload(Kind::ImageBegin, flags, 0, &begin.to_bytes(), out);
+            }
+            Frame::ImageMetadata { offset, bytes } => {
+                assert!(bytes.len() <= super::MAX_CHUNK as usize, "chunk too long");
+                payload(Kind::ImageMetadata, 0, *offset, bytes, out);
+            }
+            Frame::ImageMappings { offset, bytes } => {
+                assert!(bytes.len() <= super::MAX_CHUNK as usize, "chunk too long");
+                payload(Kind::ImageMappings, 0, *offset, bytes, out);
+            }
+            Frame::Gone { span } => out.extend(Self::gone(*span)),
+            Frame::ImageEnd(end) => payload(Kind::ImageEnd, 0, 0, &end.to_bytes(), out),
+            Frame::ImageAbort { reason } => {
+                assert!(reason.len() <= super::MAX_TEXT as usize, "abort text too long");
+                payload(Kind::ImageAbort, 0, 0, reason.as_bytes(), out);
+            }
+            Frame::ImageStored(stored) => {
+                payload(Kind::ImageStored, 0, 0, &stored.to_bytes(), out);
+            }
         }
     }
 }

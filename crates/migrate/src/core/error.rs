@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use super::frame::{Channel, Counts, Refusal, WireSpan};
+use super::{
+    frame::{Channel, Counts, Refusal, RefusalCode, WireSpan},
+    images::{ImageCounts, ImageId, ImageTotals},
+};
 
 /// The kinds of frame, by the number they have on the wire.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
@@ -34,11 +37,25 @@ pub enum Kind {
     Ping = 12,
     /// Yes.
     Pong = 13,
+    /// An image begins: its identity, its parent, how much describes it.
+    ImageBegin = 14,
+    /// A part of what the sender's user says about the image.
+    ImageMetadata = 15,
+    /// A part of the table of mappings.
+    ImageMappings = 16,
+    /// Pages that are no longer memory.
+    Gone = 17,
+    /// The image ends: its counts and its digest.
+    ImageEnd = 18,
+    /// The image begun is given up.
+    ImageAbort = 19,
+    /// The image is stored for good; its counts.
+    ImageStored = 20,
 }
 
 impl Kind {
     /// Every kind, in wire order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 20] = [
         Self::Hello,
         Self::Regions,
         Self::Request,
@@ -52,6 +69,13 @@ impl Kind {
         Self::Bye,
         Self::Ping,
         Self::Pong,
+        Self::ImageBegin,
+        Self::ImageMetadata,
+        Self::ImageMappings,
+        Self::Gone,
+        Self::ImageEnd,
+        Self::ImageAbort,
+        Self::ImageStored,
     ];
 
     /// The kind with this number.
@@ -74,9 +98,15 @@ pub enum Phase {
     Greeting,
     /// The source's regions are awaited (destination, demand channel only).
     Listing,
-    /// Requests and answers.
+    /// Requests and answers; on the images channel, between two images.
     Active,
-    /// The destination has sent its counts and awaits the source's.
+    /// An image has begun, and is being described.
+    Describing,
+    /// Pages of an image have come.
+    Filling,
+    /// An image has ended, and is being stored.
+    Storing,
+    /// The side that connected has sent its counts and awaits the other's.
     Completing,
     /// Both sides agreed on the counts.
     Completed,
@@ -86,10 +116,13 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in the order in which a connection can pass through them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::Greeting,
         Self::Listing,
         Self::Active,
+        Self::Describing,
+        Self::Filling,
+        Self::Storing,
         Self::Completing,
         Self::Completed,
         Self::Closed,
@@ -225,10 +258,127 @@ pub enum ProtocolError {
         /// The peer's counts.
         theirs: Counts,
     },
+    /// An image that cannot be.
+    #[error("image {image}: {why}")]
+    BadImage {
+        /// The image.
+        image: ImageId,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The description of an image came in the wrong order, or with more than was announced.
+    #[error(
+        "{kind} frame of {length} bytes at {offset}, where {due} bytes of {announced} have come"
+    )]
+    Description {
+        /// The frame.
+        kind: Kind,
+        /// Where it says that its bytes belong.
+        offset: u64,
+        /// Its bytes.
+        length: u64,
+        /// Bytes that have come before.
+        due: u64,
+        /// Bytes announced in all.
+        announced: u64,
+    },
+    /// Pages came, or the end, before all of the description had.
+    #[error("{kind} frame, where {missing} bytes of the image's description have not come")]
+    Undescribed {
+        /// What came.
+        kind: Kind,
+        /// What is missing, in bytes.
+        missing: u64,
+    },
+    /// Pages that cannot be in an image.
+    #[error("{kind} frame for pages {first}+{count}: {why}")]
+    BadPages {
+        /// The frame.
+        kind: Kind,
+        /// The first page's number: its address divided by the page size.
+        first: u64,
+        /// Number of pages.
+        count: u32,
+        /// What is wrong with them.
+        why: &'static str,
+    },
+    /// Pages came out of order, or twice.
+    #[error("{kind} frame for pages {first}+{count}: all below page {due} have passed")]
+    PageOrder {
+        /// The frame.
+        kind: Kind,
+        /// The first page's number.
+        first: u64,
+        /// Number of pages.
+        count: u32,
+        /// The lowest page that may still come.
+        due: u64,
+    },
+    /// More than the receiver takes.
+    #[error("{what}: {wanted}, but at most {limit} are taken")]
+    Limit {
+        /// Of what.
+        what: &'static str,
+        /// How much or many it would be.
+        wanted: u64,
+        /// How much or many there may be.
+        limit: u64,
+    },
+    /// The two sides counted the pages of an image differently.
+    #[error("image {image}: this side counted {ours}, the peer {theirs}")]
+    ImageMismatch {
+        /// The image.
+        image: ImageId,
+        /// This side's counts.
+        ours: ImageCounts,
+        /// The peer's counts.
+        theirs: ImageCounts,
+    },
+    /// What came of an image is not what was sent.
+    #[error("image {image}: the digest of its {of} is not that of what came")]
+    ImageDigest {
+        /// The image.
+        image: ImageId,
+        /// Of what of it.
+        of: &'static str,
+    },
+    /// Another image was acknowledged than was sent.
+    #[error("image {theirs} acknowledged, where image {ours} was sent")]
+    WrongImage {
+        /// The image sent.
+        ours: ImageId,
+        /// The image acknowledged.
+        theirs: ImageId,
+    },
+    /// The two sides counted the images differently.
+    #[error("completion: this side counted {ours}, the peer {theirs}")]
+    ImagesMismatch {
+        /// This side's counts.
+        ours: ImageTotals,
+        /// The peer's counts.
+        theirs: ImageTotals,
+    },
     /// The stream ended within a frame, or before its goodbye.
     #[error("the connection ended {0}")]
     Truncated(&'static str),
     /// The peer refused, and said why.
     #[error("refused by the peer: {0}")]
     Refused(Refusal),
+}
+
+impl ProtocolError {
+    /// The code of the `Error` frame that tells the peer of this.
+    #[must_use]
+    pub fn code(&self) -> RefusalCode {
+        match self {
+            Self::Version { .. } => RefusalCode::Version,
+            Self::BadHello(_) | Self::HelloMagic | Self::RequiredFeatures(_) => RefusalCode::Hello,
+            Self::CompletionMismatch { .. }
+            | Self::ImageMismatch { .. }
+            | Self::ImageDigest { .. }
+            | Self::ImagesMismatch { .. } => RefusalCode::Counts,
+            Self::Limit { .. } => RefusalCode::Limit,
+            _ => RefusalCode::Protocol,
+        }
+    }
 }

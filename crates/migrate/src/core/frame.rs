@@ -7,7 +7,7 @@ use zerocopy::{
     little_endian::{U16, U32, U64},
 };
 
-use super::{Hello, Kind, RegionInfo};
+use super::{Hello, ImageBegin, ImageEnd, ImageStored, Kind, RegionInfo};
 
 /// Bytes of every frame's header.
 pub const HEADER_LEN: usize = 32;
@@ -41,6 +41,8 @@ const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 pub(super) const FLAG_PREFETCH: u8 = 1;
 /// `Data`: one part of one granule.
 pub(super) const FLAG_FRAGMENT: u8 = 1;
+/// `ImageBegin`: the image has a parent.
+pub(super) const FLAG_PARENT: u8 = 1;
 
 /// A run of granules as the wire names it. Not checked against any region.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -67,13 +69,15 @@ impl fmt::Display for WireSpan {
     }
 }
 
-/// One of the two connections of a session.
+/// What a connection is for.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Channel {
     /// Somebody waits for every answer.
     Demand,
     /// Nobody waits yet.
     Background,
+    /// Whole images, one after the other. The only connection of its session.
+    Images,
 }
 
 impl fmt::Display for Channel {
@@ -81,6 +85,7 @@ impl fmt::Display for Channel {
         f.write_str(match self {
             Self::Demand => "demand",
             Self::Background => "background",
+            Self::Images => "images",
         })
     }
 }
@@ -137,12 +142,16 @@ pub enum RefusalCode {
     Stopping,
     /// The memory does not fit.
     Mismatch,
+    /// An image cannot be stored.
+    Storage,
+    /// More than this side takes.
+    Limit,
     /// A number this version has no name for.
     Other(u16),
 }
 
 impl RefusalCode {
-    const NAMED: [(u16, Self); 11] = [
+    const NAMED: [(u16, Self); 13] = [
         (1, Self::Protocol),
         (2, Self::Version),
         (3, Self::Hello),
@@ -154,6 +163,8 @@ impl RefusalCode {
         (9, Self::Silent),
         (10, Self::Stopping),
         (11, Self::Mismatch),
+        (12, Self::Storage),
+        (13, Self::Limit),
     ];
 
     /// The number on the wire.
@@ -188,15 +199,20 @@ impl Refusal {
     /// A refusal with `text` cut to what the wire takes.
     #[must_use]
     pub fn new(code: RefusalCode, text: &str) -> Self {
-        let mut clean = String::new();
-        for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
-            if clean.len() + c.len_utf8() > MAX_TEXT as usize {
-                break;
-            }
-            clean.push(c);
-        }
-        Self { code, text: clean }
+        Self { code, text: clean_text(text) }
     }
+}
+
+/// `text` without control characters, and cut to [`MAX_TEXT`] bytes.
+pub(super) fn clean_text(text: &str) -> String {
+    let mut clean = String::new();
+    for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
+        if clean.len() + c.len_utf8() > MAX_TEXT as usize {
+            break;
+        }
+        clean.push(c);
+    }
+    clean
 }
 
 impl fmt::Display for Refusal {
@@ -255,9 +271,45 @@ pub enum Frame {
         /// The ping's.
         nonce: u64,
     },
+    /// See [`Kind::ImageBegin`].
+    ImageBegin(ImageBegin),
+    /// See [`Kind::ImageMetadata`].
+    ImageMetadata {
+        /// Where in the metadata these bytes belong.
+        offset: u64,
+        /// The bytes: 1 to [`MAX_CHUNK`](super::MAX_CHUNK).
+        bytes: Vec<u8>,
+    },
+    /// See [`Kind::ImageMappings`].
+    ImageMappings {
+        /// Where in the table these bytes belong.
+        offset: u64,
+        /// The bytes: 1 to [`MAX_CHUNK`](super::MAX_CHUNK).
+        bytes: Vec<u8>,
+    },
+    /// See [`Kind::Gone`].
+    Gone {
+        /// What is no longer memory.
+        span: WireSpan,
+    },
+    /// See [`Kind::ImageEnd`].
+    ImageEnd(ImageEnd),
+    /// See [`Kind::ImageAbort`].
+    ImageAbort {
+        /// To show. At most [`MAX_TEXT`] bytes, without control characters.
+        reason: String,
+    },
+    /// See [`Kind::ImageStored`].
+    ImageStored(ImageStored),
 }
 
 impl Frame {
+    /// The image begun is given up, for `reason`, which is cut to what the wire takes.
+    #[must_use]
+    pub fn abort(reason: &str) -> Self {
+        Self::ImageAbort { reason: clean_text(reason) }
+    }
+
     /// The frame's kind.
     #[must_use]
     pub fn kind(&self) -> Kind {
@@ -275,6 +327,13 @@ impl Frame {
             Self::Bye => Kind::Bye,
             Self::Ping { .. } => Kind::Ping,
             Self::Pong { .. } => Kind::Pong,
+            Self::ImageBegin(_) => Kind::ImageBegin,
+            Self::ImageMetadata { .. } => Kind::ImageMetadata,
+            Self::ImageMappings { .. } => Kind::ImageMappings,
+            Self::Gone { .. } => Kind::Gone,
+            Self::ImageEnd(_) => Kind::ImageEnd,
+            Self::ImageAbort { .. } => Kind::ImageAbort,
+            Self::ImageStored(_) => Kind::ImageStored,
         }
     }
 }

@@ -18,7 +18,9 @@ pub(super) const HELLO_MAX: u32 = 4096;
 /// The lowest version spoken.
 pub const VERSION_MIN: u16 = 1;
 /// The highest version spoken.
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
+/// The first version that has images.
+pub const VERSION_IMAGES: u16 = 2;
 /// Largest `Data` payload offered by default, in bytes.
 pub const DEFAULT_MAX_PAYLOAD: u32 = 4 << 20;
 /// The smallest bound on `Data` payloads that may be offered, in bytes.
@@ -45,6 +47,47 @@ pub enum Role {
     Destination,
     /// Only reads (to verify, to copy): the demand channel alone, no completion.
     Reader,
+    /// Sends images: the images channel alone.
+    ImageSender,
+    /// Takes images and stores them.
+    ImageReceiver,
+}
+
+impl Role {
+    const NAMED: [(u8, Self); 5] = [
+        (1, Self::Source),
+        (2, Self::Destination),
+        (3, Self::Reader),
+        (4, Self::ImageSender),
+        (5, Self::ImageReceiver),
+    ];
+
+    /// Who answers somebody of this role who connects; `None` for those who do not connect.
+    #[must_use]
+    pub fn answered_by(self) -> Option<Self> {
+        match self {
+            Self::Destination | Self::Reader => Some(Self::Source),
+            Self::ImageSender => Some(Self::ImageReceiver),
+            Self::Source | Self::ImageReceiver => None,
+        }
+    }
+
+    /// The first version of the protocol that has this role.
+    #[must_use]
+    pub fn since(self) -> u16 {
+        match self {
+            Self::Source | Self::Destination | Self::Reader => VERSION_MIN,
+            Self::ImageSender | Self::ImageReceiver => VERSION_IMAGES,
+        }
+    }
+
+    fn has_channel(self, channel: Channel) -> bool {
+        match self {
+            Self::Source | Self::Destination => channel != Channel::Images,
+            Self::Reader => channel == Channel::Demand,
+            Self::ImageSender | Self::ImageReceiver => channel == Channel::Images,
+        }
+    }
 }
 
 /// What pairs the connections of one session: chosen at random by the destination.
@@ -107,14 +150,11 @@ impl Hello {
             magic: HELLO_MAGIC,
             version_min: self.version_min.into(),
             version_max: self.version_max.into(),
-            role: match self.role {
-                Role::Source => 1,
-                Role::Destination => 2,
-                Role::Reader => 3,
-            },
+            role: Role::NAMED.iter().find(|(_, role)| *role == self.role).map_or(0, |(n, _)| *n),
             channel: match self.channel {
                 Channel::Demand => 1,
                 Channel::Background => 2,
+                Channel::Images => 3,
             },
             reserved0: 0.into(),
             features: self.features.0.into(),
@@ -144,15 +184,15 @@ impl Hello {
         Ok(Self {
             version_min,
             version_max,
-            role: match raw.role {
-                1 => Role::Source,
-                2 => Role::Destination,
-                3 => Role::Reader,
-                _ => return Err(ProtocolError::BadHello("unknown role")),
-            },
+            role: Role::NAMED
+                .iter()
+                .find(|(number, _)| *number == raw.role)
+                .map(|(_, role)| *role)
+                .ok_or(ProtocolError::BadHello("unknown role"))?,
             channel: match raw.channel {
                 1 => Channel::Demand,
                 2 => Channel::Background,
+                3 => Channel::Images,
                 _ => return Err(ProtocolError::BadHello("unknown channel")),
             },
             features: Features(raw.features.get()),
@@ -190,11 +230,11 @@ impl Default for Terms {
 }
 
 impl Terms {
-    /// The hello of a destination or reader.
+    /// The hello of whoever connects: a destination, a reader or an image sender.
     #[must_use]
     pub fn offer(&self, role: Role, channel: Channel, session: SessionId) -> Hello {
         Hello {
-            version_min: VERSION_MIN,
+            version_min: role.since(),
             version_max: VERSION_MAX,
             role,
             channel,
@@ -209,13 +249,27 @@ impl Terms {
     /// # Errors
     /// What is wrong with the offer.
     pub fn answer(&self, offer: &Hello) -> Result<Hello, ProtocolError> {
+        self.answer_as(Role::Source, offer)
+    }
+
+    /// The answer to `offer` of a side whose role is `role`.
+    ///
+    /// # Errors
+    /// What is wrong with the offer.
+    pub fn answer_as(&self, role: Role, offer: &Hello) -> Result<Hello, ProtocolError> {
         check_versions(VERSION_MIN, VERSION_MAX, offer.version_min, offer.version_max)?;
-        match (offer.role, offer.channel) {
-            (Role::Source, _) => return Err(ProtocolError::BadHello("two sources")),
-            (Role::Reader, Channel::Background) => {
-                return Err(ProtocolError::BadHello("a reader has no background channel"));
-            }
-            _ => {}
+        if offer.role.answered_by() != Some(role) {
+            return Err(ProtocolError::BadHello(match role {
+                Role::Source => "pages are served here, to a destination or a reader",
+                Role::ImageReceiver => "images are taken here, from an image sender",
+                _ => "this side connects to others",
+            }));
+        }
+        if !offer.role.has_channel(offer.channel) {
+            return Err(ProtocolError::BadHello("the role has no such channel"));
+        }
+        if offer.version_max < offer.role.since() {
+            return Err(ProtocolError::BadHello("the role is of a later version"));
         }
         let unknown = offer.features.0 & Features::REQUIRED & !self.features.0;
         if unknown != 0 {
@@ -228,7 +282,7 @@ impl Terms {
         Ok(Hello {
             version_min: version,
             version_max: version,
-            role: Role::Source,
+            role,
             channel: offer.channel,
             features: Features(self.features.0 & offer.features.0),
             session: offer.session,
@@ -236,7 +290,7 @@ impl Terms {
         })
     }
 
-    /// Checks the source's `answer` to `offer`.
+    /// Checks the peer's `answer` to `offer`.
     ///
     /// # Errors
     /// What in the answer was not offered.
@@ -250,8 +304,8 @@ impl Terms {
         let unknown = answer.features.0 & !offer.features.0;
         let why = if answer.version_min != answer.version_max {
             "the answer chooses no version"
-        } else if answer.role != Role::Source {
-            "the peer is no source"
+        } else if Some(answer.role) != offer.role.answered_by() {
+            "the peer has another role than was asked for"
         } else if answer.channel != offer.channel {
             "the answer is for another channel"
         } else if answer.session != offer.session {

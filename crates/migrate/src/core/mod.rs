@@ -10,6 +10,7 @@ mod error;
 mod frame;
 mod geometry;
 mod hello;
+mod images;
 mod outstanding;
 mod queue;
 mod server;
@@ -29,9 +30,13 @@ pub use frame::{
 pub use geometry::{Geometry, REGION_IMAGE, REGION_LEN, RegionInfo};
 pub use hello::{
     DEFAULT_MAX_PAYLOAD, FEATURES, Features, HELLO_LEN, HELLO_MAGIC, Hello, MIN_MAX_PAYLOAD, Role,
-    SessionId, Terms, VERSION_MAX, VERSION_MIN,
+    SessionId, Terms, VERSION_IMAGES, VERSION_MAX, VERSION_MIN,
+};
+pub use images::{
+    ImageBegin, ImageCounts, ImageEnd, ImageId, ImageLimits, ImageReceiverSession,
+    ImageSenderSession, ImageStored, ImageTotals, MAX_CHUNK,
 };
 pub use outstanding::Outstanding;
 pub use queue::RequestQueue;
 pub use server::ServerSession;
-pub use table::{client_next, server_next};
+pub use table::{client_next, image_receiver_next, image_sender_next, server_next};

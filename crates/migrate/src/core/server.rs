@@ -96,14 +96,7 @@ impl ServerSession {
     /// The code of the `Error` frame that tells the peer of `error`.
     #[must_use]
     pub fn code(error: &ProtocolError) -> RefusalCode {
-        match error {
-            ProtocolError::Version { .. } => RefusalCode::Version,
-            ProtocolError::BadHello(_)
-            | ProtocolError::HelloMagic
-            | ProtocolError::RequiredFeatures(_) => RefusalCode::Hello,
-            ProtocolError::CompletionMismatch { .. } => RefusalCode::Counts,
-            _ => RefusalCode::Protocol,
-        }
+        error.code()
     }
 
     /// Whether `kind` may be sent to the peer now; for tests of the two tables against each other.

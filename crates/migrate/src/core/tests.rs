@@ -44,6 +44,7 @@ fn sample(kind: Kind, channel: Channel) -> Frame {
         Kind::Bye => Frame::Bye,
         Kind::Ping => Frame::Ping { nonce: 7 },
         Kind::Pong => Frame::Pong { nonce: 7 },
+        image => images::tests::sample(image),
     }
 }
 
@@ -52,6 +53,7 @@ fn client_at(channel: Channel, phase: Phase) -> Option<ClientSession> {
     let mut session = match channel {
         Channel::Demand => ClientSession::demand(Terms::default(), Role::Destination, ID),
         Channel::Background => ClientSession::background(Terms::default(), ID, geometry()),
+        Channel::Images => return None,
     };
     let hello = Terms::default().answer(&session.offer()).unwrap();
     let mut steps = vec![Frame::Hello(hello)];
@@ -267,7 +269,7 @@ fn hellos() {
     assert_eq!(bad(&|h| h.features.0 = 1 | 1 << 63), Err(ProtocolError::RequiredFeatures(1 << 63)));
     // A peer that also speaks later versions and has optional features: the common part.
     let later = bad(&|h| (h.version_max, h.features.0) = (9, 0xff)).unwrap();
-    assert_eq!((later.version_min, later.version_max, later.features.0), (1, 1, 0));
+    assert_eq!((later.version_min, later.version_max, later.features.0), (2, 2, 0));
 
     let answer = terms.answer(&offer).unwrap();
     assert_eq!(terms.accept(&offer, &answer), Ok(()));
@@ -345,7 +347,7 @@ fn golden_bytes() {
     let offer = Terms::default().offer(Role::Destination, Channel::Background, ID);
     Encoder::encode(&Frame::Hello(offer), &mut hello);
     assert_eq!(hello.len(), HEADER_LEN + HELLO_LEN);
-    assert_eq!(&hello[HEADER_LEN..][..16], b"PGFERRY\0\x01\0\x01\0\x02\x02\0\0");
+    assert_eq!(&hello[HEADER_LEN..][..16], b"PGFERRY\0\x01\0\x02\0\x02\x02\0\0");
     assert_eq!(&hello[HEADER_LEN + 24..][..20], b"0123456789abcdef\0\0\x40\0");
 }
 
@@ -359,8 +361,25 @@ fn headers_that_must_not_be() {
     };
     assert_eq!(feed(&|b| b[0] = 0), ProtocolError::BadMagic { got: 0x4600 });
     assert_eq!(feed(&|b| b[2] = 0), ProtocolError::UnknownKind(0));
-    assert_eq!(feed(&|b| b[2] = 14), ProtocolError::UnknownKind(14));
-    for (at, kind) in [(3, 3), (6, 3), (24, 3), (8, 11), (16, 11), (4, 8), (3, 5), (24, 5)] {
+    assert_eq!(feed(&|b| b[2] = 21), ProtocolError::UnknownKind(21));
+    for (at, kind) in [
+        (3, 3),
+        (6, 3),
+        (24, 3),
+        (8, 11),
+        (16, 11),
+        (4, 8),
+        (3, 5),
+        (24, 5),
+        (3, 14),
+        (24, 14),
+        (8, 15),
+        (16, 16),
+        (24, 17),
+        (24, 18),
+        (8, 19),
+        (4, 20),
+    ] {
         let error = feed(&|b| {
             *b = [0; HEADER_LEN];
             b[..2].copy_from_slice(b"PF");
@@ -369,7 +388,23 @@ fn headers_that_must_not_be() {
         });
         assert!(matches!(error, ProtocolError::NotZero { .. }), "byte {at} of {kind}: {error}");
     }
-    for (kind, length) in [(3, 1), (5, 0), (5, MIN_MAX_PAYLOAD + 1), (1, 63), (2, 48), (10, 1025)] {
+    for (kind, length) in [
+        (3, 1),
+        (5, 0),
+        (5, MIN_MAX_PAYLOAD + 1),
+        (1, 63),
+        (2, 48),
+        (10, 1025),
+        (14, 63),
+        (14, 65),
+        (15, 0),
+        (15, MAX_CHUNK + 1),
+        (16, 0),
+        (17, 1),
+        (18, 0),
+        (19, 1025),
+        (20, 49),
+    ] {
         let error = feed(&|b| {
             *b = [0; HEADER_LEN];
             b[..2].copy_from_slice(b"PF");
@@ -392,7 +427,7 @@ fn refusal_texts_are_bounded_and_clean() {
     }
 }
 
-fn any_span() -> impl Strategy<Value = WireSpan> {
+pub(super) fn any_span() -> impl Strategy<Value = WireSpan> {
     (any::<u16>(), any::<u64>(), any::<u32>()).prop_map(|(r, f, c)| span(r, f, c))
 }
 
@@ -430,6 +465,7 @@ fn any_frame() -> impl Strategy<Value = Frame> {
         Just(Frame::Bye),
         any::<u64>().prop_map(|nonce| Frame::Ping { nonce }),
         any::<u64>().prop_map(|nonce| Frame::Pong { nonce }),
+        images::tests::any_frame(),
     ]
 }
 

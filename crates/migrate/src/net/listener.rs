@@ -13,7 +13,7 @@ use std::{
 
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    fd::{AsFd, OwnedFd},
+    fd::{AsFd, BorrowedFd, OwnedFd},
     io::Errno,
 };
 
@@ -67,10 +67,7 @@ impl Listener {
     /// The next connection with its peer's name; `None` when `limit` passed or
     /// [`stop`](Self::stop) was called.
     pub(crate) fn accept(&self, limit: Duration) -> io::Result<Option<(OwnedFd, String)>> {
-        let listener = match &self.socket {
-            Socket::Tcp(listener) => listener.as_fd(),
-            Socket::Unix { listener, .. } => listener.as_fd(),
-        };
+        let listener = self.as_fd();
         let mut fds =
             [PollFd::new(&listener, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
         let limit = Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
@@ -113,6 +110,15 @@ impl Listener {
     pub(crate) fn stop(&self) {
         // EAGAIN: the counter is full, so it is readable.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Unix { listener, .. } => listener.as_fd(),
+        }
     }
 }
 

@@ -1,12 +1,12 @@
 //! Frames from a stream, and payloads straight from it to where they belong.
 
 use std::{
-    io::IoSliceMut,
+    io::{self, IoSliceMut},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use super::Stream;
+use super::{Stop, Stream, Woken};
 use crate::{
     MigrateError,
     core::{Decoder, Frame, HEADER_LEN, Item, ProtocolError},
@@ -32,6 +32,7 @@ pub(crate) struct FrameReader {
     tick: Duration,
     silent: Duration,
     deadline: Option<(Instant, Duration)>,
+    stop: Option<Stop>,
 }
 
 impl FrameReader {
@@ -46,7 +47,19 @@ impl FrameReader {
             tick,
             silent: Duration::ZERO,
             deadline: None,
+            stop: None,
         }
+    }
+
+    /// Ends every read with [`MigrateError::Stopped`] once `stop` is called for.
+    pub(crate) fn set_stop(&mut self, stop: Stop) {
+        self.stop = Some(stop);
+    }
+
+    /// Reads ahead up to `bytes`: for many small payloads, all of which are wanted.
+    pub(crate) fn with_read_ahead(mut self, bytes: usize) -> Self {
+        self.ahead = vec![0; bytes].into_boxed_slice();
+        self
     }
 
     /// Everything must have come within `limit` from now, however lively the peer; `None` lifts
@@ -126,8 +139,14 @@ impl FrameReader {
                 return Err(MigrateError::TimedOut { what: "the handshake", after });
             }
             let wanted = place.len();
-            let read =
-                self.stream.read(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)]);
+            let read = match self.wait() {
+                Ok(Woken::Ready) => self
+                    .stream
+                    .read(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)]),
+                Ok(Woken::TimedOut) => Ok(None),
+                Ok(Woken::Stopped) => return Err(MigrateError::Stopped),
+                Err(error) => Err(error),
+            };
             match read {
                 Ok(Some(0)) if self.decoder.at_boundary() => return Err(MigrateError::Closed),
                 Ok(Some(0)) => {
@@ -145,6 +164,14 @@ impl FrameReader {
                 }
                 Err(error) => return Err(MigrateError::Io { what: "receiving", error }),
             }
+        }
+    }
+
+    /// Waits for something to read, if there is a stop to look at; otherwise the read waits.
+    fn wait(&self) -> io::Result<Woken> {
+        match &self.stop {
+            Some(stop) => self.stream.wait_readable(stop, self.tick),
+            None => Ok(Woken::Ready),
         }
     }
 }

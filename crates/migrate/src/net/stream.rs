@@ -2,11 +2,13 @@
 
 use std::{
     io::{self, IoSliceMut},
-    net::{TcpStream, ToSocketAddrs},
-    time::Duration,
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
+    path::Path,
+    time::{Duration, Instant},
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fd::{AsFd, OwnedFd},
     io::Errno,
     net::{
@@ -15,7 +17,7 @@ use rustix::{
     },
 };
 
-use super::{Piece, piece::send_pieces};
+use super::{Piece, Stop, Woken, piece::send_pieces};
 use crate::Endpoint;
 
 /// How long a call on a stream may block.
@@ -37,42 +39,33 @@ pub(crate) struct Stream {
 const UNIX_BUFFER: usize = 1 << 20;
 
 impl Stream {
-    /// Connects within `limit`.
+    /// Connects within `limit`; with an error of kind `Interrupted` when `stop` is called for
+    /// before.
     pub(crate) fn connect(
         endpoint: &Endpoint,
         limit: Duration,
         timeouts: Timeouts,
+        stop: Option<&Stop>,
     ) -> io::Result<Self> {
-        let socket: OwnedFd = match endpoint {
+        let socket = match endpoint {
             Endpoint::Tcp(address) => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "no address of that name");
                 let mut connected = None;
                 for address in address.as_str().to_socket_addrs()? {
-                    match TcpStream::connect_timeout(&address, limit) {
-                        Ok(stream) => {
-                            connected = Some(stream);
+                    match connect_tcp(&address, limit, stop) {
+                        Ok(socket) => {
+                            connected = Some(socket);
                             break;
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                            return Err(error);
                         }
                         Err(error) => last = error,
                     }
                 }
-                connected.ok_or(last)?.into()
+                connected.ok_or(last)?
             }
-            Endpoint::Unix(path) => {
-                let socket = rustix::net::socket_with(
-                    AddressFamily::UNIX,
-                    SocketType::STREAM,
-                    SocketFlags::CLOEXEC,
-                    None,
-                )?;
-                // unix(7): a connect to a full backlog waits for the send timeout.
-                sockopt::set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
-                match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
-                    Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
-                    result => result?,
-                }
-                socket
-            }
+            Endpoint::Unix(path) => connect_unix(path, limit, stop)?,
         };
         Self::new(socket, timeouts)
     }
@@ -156,6 +149,18 @@ impl Stream {
         }
     }
 
+    /// Whether a small frame can be sent without waiting.
+    pub(crate) fn has_room(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::OUT)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Waits until there is something to read, at most for `limit`.
+    pub(crate) fn wait_readable(&self, stop: &Stop, limit: Duration) -> io::Result<Woken> {
+        stop.wait(&[self.socket.as_fd()], PollFlags::IN, limit)
+    }
+
     /// Ends both directions: every blocked call on the socket returns, here and at the peer.
     pub(crate) fn shutdown(&self) {
         // ENOTCONN says that the peer was faster; there is nothing else it could say.
@@ -179,6 +184,62 @@ impl Stream {
                 Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(_) => return,
             }
+        }
+    }
+}
+
+fn connect_tcp(address: &SocketAddr, limit: Duration, stop: Option<&Stop>) -> io::Result<OwnedFd> {
+    let Some(stop) = stop else {
+        return TcpStream::connect_timeout(address, limit).map(OwnedFd::from);
+    };
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, address) {
+        Ok(()) => {}
+        Err(Errno::INPROGRESS) => {
+            let until = Instant::now() + limit;
+            loop {
+                let left = until.saturating_duration_since(Instant::now());
+                match stop.wait(&[socket.as_fd()], PollFlags::OUT, left)? {
+                    Woken::Ready => break,
+                    Woken::Stopped => return Err(io::ErrorKind::Interrupted.into()),
+                    // A signal ends a wait early.
+                    Woken::TimedOut if Instant::now() >= until => {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                    Woken::TimedOut => {}
+                }
+            }
+            sockopt::socket_error(&socket)??;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    rustix::io::ioctl_fionbio(&socket, false)?;
+    Ok(socket)
+}
+
+/// How often a connect to a busy Unix socket looks whether it is to stop.
+const UNIX_TICK: Duration = Duration::from_millis(100);
+
+fn connect_unix(path: &Path, limit: Duration, stop: Option<&Stop>) -> io::Result<OwnedFd> {
+    let (family, flags) = (AddressFamily::UNIX, SocketFlags::CLOEXEC);
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    let address = SocketAddrUnix::new(path)?;
+    let until = Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let tick = if stop.is_some() { left.min(UNIX_TICK) } else { left };
+        // unix(7): a connect to a full backlog waits for the send timeout.
+        sockopt::set_socket_timeout(&socket, Timeout::Send, Some(tick))?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok(socket),
+            Err(Errno::AGAIN) if stop.is_some_and(Stop::is_stopped) => {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            Err(Errno::AGAIN) if Instant::now() < until => {}
+            Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(error) => return Err(error.into()),
         }
     }
 }

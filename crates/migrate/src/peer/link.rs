@@ -110,7 +110,7 @@ pub(crate) fn open(
     // Silence is looked at often enough for the handshake's limit to hold.
     let handshake_tick = options.tick().min(options.connect_timeout / 4);
     let timeouts = Timeouts { read: handshake_tick, write: options.write_timeout };
-    let stream = Stream::connect(endpoint, options.connect_timeout, timeouts)
+    let stream = Stream::connect(endpoint, options.connect_timeout, timeouts, None)
         .map_err(|error| MigrateError::Connect { endpoint: endpoint.clone(), error })?;
     let stream = Arc::new(stream);
     let mut hello = Vec::new();

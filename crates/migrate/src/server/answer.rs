@@ -1,9 +1,10 @@
 //! From a span to the frames that answer it.
 
-use super::{Shared, session::Session, session::Wire, stats::add};
+use super::{Shared, session::Session, stats::add};
 use crate::{
     MigrateError, PageKind, Piece, Placement,
     core::{DataHeader, Encoder, HEADER_LEN, WireSpan},
+    net::Wire,
 };
 
 /// Answers go out in frames of about this many bytes, so that something more urgent never waits

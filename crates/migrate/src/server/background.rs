@@ -10,12 +10,12 @@ use super::{
     Session, Shared,
     answer::{Outbox, piece_granules},
     connection::Connection,
-    session::Wire,
     stats::add,
 };
 use crate::{
     MigrateError,
     core::{Encoder, Frame, Hello},
+    net::Wire,
 };
 
 impl Connection {

@@ -2,11 +2,11 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{Session, SessionInfo, SessionOutcome, Shared, Wire, stats::add};
+use super::{Session, SessionInfo, SessionOutcome, Shared, stats::add};
 use crate::{
     MigrateError,
     core::{Channel, Counts, Encoder, Frame, Hello, RefusalCode, Role, ServerSession, Terms},
-    net::{FrameReader, Stream},
+    net::{FrameReader, Stream, Wire},
     peer::lock,
 };
 
@@ -38,6 +38,7 @@ impl Connection {
             Ok(hello) => match hello.channel {
                 Channel::Demand => self.run_demand(hello),
                 Channel::Background => self.run_background(hello),
+                Channel::Images => unreachable!("a source agrees to no such channel"),
             },
             Err(error) => {
                 tracing::debug!(peer = self.peer, %error, "handshake failed");

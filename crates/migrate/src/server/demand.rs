@@ -12,12 +12,12 @@ use super::{
     answer::Outbox,
     background::idle,
     connection::{Connection, End},
-    session::Wire,
     stats::add,
 };
 use crate::{
     MigrateError,
     core::{Encoder, Frame, Hello, ProtocolError, Role, WireSpan},
+    net::Wire,
     peer::lock,
 };
 

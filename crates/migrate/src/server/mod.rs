@@ -19,15 +19,11 @@ use std::{
 };
 
 pub use self::stats::ServerStats;
-use self::{
-    connection::Connection,
-    session::{Session, Wire},
-    stats::Counters,
-};
+use self::{connection::Connection, session::Session, stats::Counters};
 use crate::{
     Endpoint, MigrateError, PageStore,
     core::{Counts, DEFAULT_MAX_PAYLOAD, Geometry, RefusalCode, Role, SessionId},
-    net::{Listener, Stream, Timeouts},
+    net::{Listener, Stream, Timeouts, Wire},
     peer::lock,
 };
 

@@ -5,67 +5,16 @@ use std::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use super::SessionInfo;
 use crate::{
     MigrateError,
-    core::{Counts, Encoder, Frame, ProtocolError, Refusal, RefusalCode, RequestQueue, WireSpan},
-    net::{Piece, Stream},
+    core::{Counts, ProtocolError, RefusalCode, RequestQueue, WireSpan},
+    net::Wire,
     peer::lock,
 };
-
-/// How long a refused peer has to fetch the refusal.
-const LINGER: Duration = Duration::from_millis(200);
-
-/// The sending end of a connection: whole frames, one after the other.
-#[derive(Debug)]
-pub(super) struct Wire {
-    stream: Arc<Stream>,
-    write: Mutex<()>,
-}
-
-impl Wire {
-    pub(super) fn new(stream: Arc<Stream>) -> Self {
-        Self { stream, write: Mutex::new(()) }
-    }
-
-    pub(super) fn stream(&self) -> &Arc<Stream> {
-        &self.stream
-    }
-
-    /// Sends frames with their payloads, using `pieces` up.
-    pub(super) fn send(&self, pieces: &mut [Piece<'_>]) -> Result<(), MigrateError> {
-        let _writing = lock(&self.write);
-        self.stream
-            .send_pieces(pieces)
-            .map_err(|error| MigrateError::Io { what: "sending answers", error })
-    }
-
-    pub(super) fn send_frame(&self, bytes: &[u8]) -> Result<(), MigrateError> {
-        self.send(&mut [Piece::from(bytes)])
-    }
-
-    /// Says why it is over, if that can be done at once; tells whether it could.
-    fn send_last(&self, code: RefusalCode, text: &str) -> bool {
-        let mut frame = Vec::new();
-        Encoder::encode(&Frame::Error(Refusal::new(code, text)), &mut frame);
-        // In the middle of somebody's answer it would only be taken for payload.
-        self.write.try_lock().is_ok_and(|_writing| self.stream.send_last(&frame).is_ok())
-    }
-
-    /// Says why it is over, makes sure that it can be read, and ends the connection. Takes no
-    /// longer than a stuck write does.
-    pub(super) fn refuse(&self, code: RefusalCode, text: &str) {
-        let mut frame = Vec::new();
-        Encoder::encode(&Frame::Error(Refusal::new(code, text)), &mut frame);
-        if self.send_frame(&frame).is_ok() {
-            self.stream.linger(LINGER);
-        }
-        self.stream.shutdown();
-    }
-}
 
 #[derive(Default)]
 struct Queue {

@@ -1,6 +1,8 @@
 //! What the socket tests share: a recording sink, memory to serve, and peers that follow a script.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 
+pub mod images;
+
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},

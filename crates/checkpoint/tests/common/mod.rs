@@ -1,0 +1,187 @@
+//! A process to make checkpoints of: this test binary, run again.
+
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::Arc,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use pageferry_memory::{Advice, Mapping, MemoryFile, MemoryFileKind};
+use pageferry_process::{Pid, Process};
+use pageferry_testing::child;
+
+/// What a target does, by the name of its case.
+pub fn run_as_target(case: &str) -> ! {
+    match case {
+        "writes" => writes(false),
+        "maps" => writes(true),
+        "sleeps" => sleeps(),
+        other => panic!("{other} is no target"),
+    }
+}
+
+const MEMORY: u64 = 24 << 20;
+const SHARED: u64 = 4 << 20;
+
+/// Threads that write all the time, everywhere: private memory, half of it as huge pages; a memfd,
+/// through two mappings.
+fn writes(and_maps: bool) -> ! {
+    let plain = Arc::new(Mapping::anonymous(MEMORY).unwrap());
+    let huge = Arc::new(Mapping::anonymous(MEMORY).unwrap());
+    // A kernel without them does not know the advice.
+    let _ = huge.advise(huge.range(), Advice::HugePage);
+    let file = MemoryFile::create("target", SHARED, MemoryFileKind::Normal).unwrap();
+    let one = Arc::new(Mapping::shared(file.fd(), 0, SHARED, None).unwrap());
+    let other = Arc::new(Mapping::shared(file.fd(), 0, SHARED, None).unwrap());
+    let ready = Arc::new(AtomicU64::new(0));
+    for (number, memory) in [plain, huge, one, other].into_iter().enumerate() {
+        let ready = Arc::clone(&ready);
+        std::thread::spawn(move || {
+            let mut random = pageferry_testing::Random::new(number as u64 + 1);
+            let pages = memory.range().len() / 4096;
+            // The last quarter is never touched, and some pages are written once only.
+            let hot = pages * 3 / 4;
+            for page in 0..hot {
+                memory.write_at(page * 4096, &(page + 1).to_ne_bytes()).unwrap();
+            }
+            ready.fetch_add(1, Ordering::SeqCst);
+            for turn in 0_u64.. {
+                let page = random.below(hot / 2);
+                let offset = page * 4096 + 8 * random.below(512);
+                memory.write_at(offset, &turn.to_ne_bytes()).unwrap();
+                if turn % 64 == 0 {
+                    std::thread::yield_now();
+                }
+            }
+        });
+    }
+    if and_maps {
+        std::thread::spawn(|| {
+            let mut random = pageferry_testing::Random::new(99);
+            let mut kept: Vec<Mapping> = Vec::new();
+            loop {
+                let memory = Mapping::anonymous((1 + random.below(64)) * 4096).unwrap();
+                memory.write_at(0, &[7; 64]).unwrap();
+                kept.push(memory);
+                if kept.len() > 16 {
+                    kept.swap_remove(random.below(16) as usize);
+                }
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+        });
+    }
+    while ready.load(Ordering::SeqCst) < 4 {
+        std::thread::yield_now();
+    }
+    println!("target ready");
+    loop {
+        std::thread::park();
+    }
+}
+
+fn sleeps() -> ! {
+    let memory = Mapping::anonymous(1 << 20).unwrap();
+    memory.write_at(0, b"something").unwrap();
+    println!("target ready");
+    let _alive = AtomicBool::new(true);
+    loop {
+        std::thread::park();
+    }
+}
+
+/// A target that runs; killed on drop.
+pub struct Target {
+    child: Child,
+    _out: BufReader<ChildStdout>,
+}
+
+impl Target {
+    /// Starts one, and waits until it does what it is to do.
+    pub fn start(case: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["target", "--exact", "--nocapture", "--test-threads=1"])
+            .env("PAGEFERRY_TEST_CASE", case)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("target ready") {
+            line.clear();
+            assert_ne!(out.read_line(&mut line).unwrap(), 0, "the target ended early");
+        }
+        Self { child, _out: out }
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32).unwrap()
+    }
+
+    pub fn process(&self) -> Process {
+        Process::open(self.pid()).unwrap()
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Whether it still runs: not ended, not stopped, and its threads get on.
+    pub fn assert_runs(&mut self) {
+        assert_eq!(self.child.try_wait().unwrap(), None, "it has ended");
+        let time = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+            let fields = stat.rsplit_once(") ").unwrap().1.to_owned();
+            let state = fields.as_bytes()[0];
+            assert!(matches!(state, b'R' | b'S'), "it is in state {}", state as char);
+            fields.split(' ').nth(11).unwrap().parse::<u64>().unwrap()
+        };
+        let before = time();
+        pageferry_testing::wait_for("the target gets on", || time() > before);
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// In a test named `target`: what a child of this binary does.
+pub fn target() {
+    if let Some(case) = child::case() {
+        run_as_target(&case);
+    }
+}
+
+/// A file system of this size, unmounted on drop.
+pub struct SmallDisk<'a>(&'a std::path::Path);
+
+pub fn small_disk(at: &std::path::Path, bytes: u64) -> Option<SmallDisk<'_>> {
+    let options = format!("size={bytes}");
+    let mounted =
+        Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(at).output();
+    match mounted {
+        Ok(output) if output.status.success() => Some(SmallDisk(at)),
+        _ => {
+            println!("skipped: needs the right to mount a tmpfs");
+            None
+        }
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg("-l").arg(self.0).status();
+        assert!(
+            unmounted.is_ok_and(|status| status.success()),
+            "{} is left mounted",
+            self.0.display()
+        );
+    }
+}

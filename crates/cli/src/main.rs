@@ -3,20 +3,25 @@
 #![deny(unsafe_code)]
 
 mod bench;
+mod checkpoint;
 mod demo;
+mod dirty;
 mod doctor;
 mod exit;
+mod image;
 mod output;
+mod receive;
 mod room;
 mod serve;
 #[allow(unsafe_code)]
 mod signals;
 mod size;
 
-use std::process::ExitCode;
+use std::{os::fd::AsFd as _, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use pageferry::migrate::Stop;
 
 use crate::{
     exit::{Exit, Failure},
@@ -29,6 +34,9 @@ Examples:
   pageferry demo
   pageferry doctor
   pageferry serve guest.mem --listen 127.0.0.1:7777
+  pageferry dirty --pid 4711
+  pageferry checkpoint --pid 4711 --to checkpoints/
+  pageferry image ls checkpoints/
   pageferry bench faults --threads 8
   pageferry bench faults --help";
 
@@ -50,6 +58,10 @@ enum Command {
     Demo(demo::Args),
     Serve(serve::Args),
     Bench(bench::Args),
+    Dirty(dirty::Args),
+    Checkpoint(checkpoint::Args),
+    Receive(receive::Args),
+    Image(image::Args),
     #[command(hide = true)]
     DemoSource(demo::source::Args),
     #[command(hide = true)]
@@ -71,6 +83,12 @@ impl Context {
             None => Ok(()),
         }
     }
+
+    /// The same for what waits for something itself.
+    fn stop_signal(&self) -> anyhow::Result<Stop> {
+        let event = self.signals.as_fd().try_clone_to_owned().context("duplicating an eventfd")?;
+        Stop::when_readable(event).context("making an eventfd")
+    }
 }
 
 fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
@@ -79,6 +97,10 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
         Command::Demo(args) => demo::run(args, context),
         Command::Serve(args) => serve::run(args, context),
         Command::Bench(args) => bench::run(args, context),
+        Command::Dirty(args) => dirty::run(args, context),
+        Command::Checkpoint(args) => checkpoint::run(args, context),
+        Command::Receive(args) => receive::run(args, context),
+        Command::Image(args) => image::run(args, context),
         Command::DemoSource(args) => demo::source::run(args, context),
         Command::DemoKeeper(args) => demo::reserve::keep(args),
     }

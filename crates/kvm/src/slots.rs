@@ -8,9 +8,12 @@ use std::{
     },
 };
 
-use pageferry_memory::{GranuleIndex, GuestAddress, HostAddress, Layout, RegionId};
+use pageferry_memory::{GranuleIndex, GuestAddress, HostAddress, HostRange, Layout, RegionId};
 
-use crate::KvmError;
+use crate::{
+    KvmError,
+    dirty::{TRACKED_PAGE, TrackedSlot},
+};
 
 /// A memslot that shows memory of a region.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -135,6 +138,25 @@ impl Slots {
     /// Where the guest has what KVM has at this address; the lowest, if it is at several.
     pub fn guest_address(&self, host: HostAddress) -> Option<GuestAddress> {
         self.snapshot().guest_address(host)
+    }
+
+    /// The slots as trackers of writes take them: their views are those that KVM has
+    /// ([`Region::kvm_view`](pageferry_memory::Region::kvm_view)), their numbers those that were said
+    /// here. Marks are still to be added, if somebody else than vCPUs writes.
+    ///
+    /// # Panics
+    /// When a slot is no whole number of pages, which KVM takes none of.
+    pub fn tracked(&self) -> Vec<TrackedSlot> {
+        let table = self.table();
+        let tracked = table.iter().map(|(&number, slot)| {
+            let host = self.geometry[usize::from(slot.region.get())].host;
+            // What is in the table lies in its region.
+            let start = HostAddress::new(host.get() + slot.offset);
+            assert!(slot.len % TRACKED_PAGE == 0, "slot {number} has {:#x} bytes", slot.len);
+            let view = HostRange::new(start, slot.len);
+            TrackedSlot { read_only: slot.read_only, ..TrackedSlot::new(number, slot.guest, view) }
+        });
+        tracked.collect()
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {

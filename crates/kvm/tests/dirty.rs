@@ -14,11 +14,6 @@ use pageferry_kvm::{
 };
 use pageferry_memory::GuestAddress;
 
-const MOV_RAX: [u8; 3] = [0x48, 0x8b, 0x07]; // mov rax, [rdi]
-const MOV_TO: [u8; 3] = [0x48, 0x89, 0x07]; // mov [rdi], rax
-/// KVM_EXIT_DIRTY_RING_FULL.
-const RING_FULL: u32 = 31;
-
 fn write(guest: &Guest, vcpu: &mut Vcpu, page: u64, value: u64) {
     let registers = Registers { rdi: at(page * PAGE + 8), rax: value, ..Registers::default() };
     vcpu.execute(guest, Ring::Three, &MOV_TO, registers);

@@ -13,36 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{tracker::*, *};
+use common::{load::*, tracker::*, *};
 use pageferry_kvm::dirty::LogMode;
 use pageferry_paging::Delivery;
-
-/// Adds one to the first word of random pages: rcx times, rax being the seed, rdi the beginning.
-fn adding(pages: u64) -> Vec<u8> {
-    assert!(pages.is_power_of_two());
-    let mask = (pages - 1) as u32;
-    let mut code = vec![0x48, 0x69, 0xc0, 0x6d, 0x4e, 0xc6, 0x41]; // next: imul rax, rax, 0x41c64e6d
-    code.extend([0x48, 0x05, 0x39, 0x30, 0x00, 0x00]); // add rax, 12345
-    code.extend([0x48, 0x89, 0xc6]); // mov rsi, rax
-    code.extend([0x48, 0xc1, 0xee, 0x10]); // shr rsi, 16
-    code.extend([0x48, 0x81, 0xe6]); // and rsi, mask
-    code.extend(mask.to_le_bytes());
-    code.extend([0x48, 0xc1, 0xe6, 0x0c]); // shl rsi, 12
-    code.extend([0xf0, 0x48, 0xff, 0x04, 0x37]); // lock inc qword [rdi + rsi]
-    code.extend([0x48, 0xff, 0xc9]); // dec rcx
-    let back = -(code.len() as i8 + 2);
-    code.extend([0x75, back as u8]); // jnz next
-    code
-}
-
-/// Tells threads to stop, also when the test fails.
-struct Stop<'s>(&'s AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, SeqCst);
-    }
-}
 
 /// The transaction test: vCPUs write all the time, and harvests go on. Whoever copies each page that
 /// is told has, after a harvest during which nobody writes, what the guest has: whatever was
@@ -52,7 +25,6 @@ impl Drop for Stop<'_> {
 fn nothing_is_lost(method: Method, vcpus: u64, delivery: Delivery, disturbed: bool) {
     const HARVESTS: u64 = 1000;
     const PAGES: u64 = 256;
-    const ADDITIONS: u64 = 200;
     let case = format!("{method:?} {vcpus} {delivery}");
     let config = Config { len: PAGES * PAGE, delivery, ..Config::default() };
     let Some((guest, machine, mut tracker)) = tracked(method, config, vcpus, None) else {
@@ -70,7 +42,7 @@ fn nothing_is_lost(method: Method, vcpus: u64, delivery: Delivery, disturbed: bo
     tracker.arm().unwrap();
     for vcpu in &machine {
         // Before any of them runs: they share their code.
-        vcpu.prepare(&guest, Ring::Three, &adding(PAGES), Registers::default());
+        vcpu.prepare(&guest, Ring::Three, &adding(PAGES, 12), Registers::default());
     }
     let (stop, additions) = (AtomicBool::new(false), AtomicU64::new(0));
     // Held for reading by who writes.

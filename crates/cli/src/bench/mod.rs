@@ -1,6 +1,7 @@
 //! `pageferry bench`: measurements that anybody can repeat.
 
 pub(crate) mod case;
+mod dirty;
 #[allow(unsafe_code)]
 mod engine;
 mod faults;
@@ -25,7 +26,8 @@ const EXAMPLES: &str = "\
 Examples:
   pageferry bench faults
   pageferry bench faults --threads 8,32 --json
-  pageferry bench vcpus --vcpus 1,8";
+  pageferry bench vcpus --vcpus 1,8
+  pageferry bench dirty --share 1";
 
 /// Measure this host and the engine on it
 #[derive(clap::Args, Debug)]
@@ -39,11 +41,13 @@ pub(crate) struct Args {
 enum Benchmark {
     Faults(faults::Args),
     Vcpus(vcpus::Args),
+    Dirty(dirty::Args),
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     match &args.benchmark {
         Benchmark::Faults(args) => faults::run(args, context),
         Benchmark::Vcpus(args) => vcpus::run(args, context),
+        Benchmark::Dirty(args) => dirty::run(args, context),
     }
 }

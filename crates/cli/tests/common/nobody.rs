@@ -49,6 +49,7 @@ fn mode_for_others(path: &str) -> Option<u32> {
 }
 
 /// Whether the user that [`ForNobody`] runs as can open this node for reading and writing.
+#[allow(dead_code, reason = "each test program uses a part")]
 pub(crate) fn nobody_can_open(path: &str) -> bool {
     if is_root() {
         return mode_for_others(path).is_some_and(|mode| mode & 0o006 == 0o006);
@@ -57,6 +58,7 @@ pub(crate) fn nobody_can_open(path: &str) -> bool {
 }
 
 /// Makes userfaultfd(2) fail with EPERM in `command`, as containers do (seccomp(2)).
+#[allow(dead_code, reason = "each test program uses a part")]
 pub(crate) fn without_userfaultfd(command: &mut Command) {
     const fn filter(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
         libc::sock_filter { code: code as u16, jt, jf, k }
@@ -89,6 +91,7 @@ pub(crate) fn without_userfaultfd(command: &mut Command) {
 
 /// A command that cannot have a userfaultfd by any way; `None`, having said so, where this cannot
 /// be brought about.
+#[allow(dead_code, reason = "each test program uses a part")]
 pub(crate) fn deprived<'a>(
     nobody: &ForNobody,
     args: impl IntoIterator<Item = &'a str>,

@@ -114,18 +114,27 @@ impl DirtyLog {
     /// # Errors
     /// [`KvmError::DirtyTracking`]; nothing is armed then.
     pub fn arm(&mut self) -> Result<(), KvmError> {
-        if self.tracked.is_armed() {
-            return Ok(());
-        }
-        self.tracked.arm()?;
+        self.arm_slots(&|_| true)
+    }
+
+    /// Arms those slots that are wanted, beside those that are armed; or none of them.
+    pub(super) fn arm_slots(
+        &mut self,
+        wanted: &dyn Fn(&TrackedSlot) -> bool,
+    ) -> Result<(), KvmError> {
+        let missing = self.tracked.missing(wanted);
+        let Some(&first) = missing.first() else { return Ok(()) };
+        self.tracked.arm(&missing)?;
         // A machine with rings has no log, and says so only here.
-        if let Some(first) = self.tracked.slots().first()
-            && let Err(error) = get(&self.tracked, first, &mut self.bits)
-        {
-            self.tracked.disarm()?;
-            return Err(error);
+        let log = get(&self.tracked, &self.tracked.slots()[first], &mut self.bits);
+        if log.is_err() {
+            self.tracked.disarm_or_warn(&missing);
         }
-        Ok(())
+        log
+    }
+
+    pub(super) fn is_armed(&self) -> bool {
+        self.tracked.is_armed()
     }
 
     /// Tells the pages that were written since the last harvest, slot by slot in ascending order,
@@ -142,7 +151,7 @@ impl DirtyLog {
             return Err(KvmError::NotArmed);
         }
         let mut harvested = Harvested::default();
-        for slot in self.tracked.slots() {
+        for slot in self.tracked.armed().map(|n| &self.tracked.slots()[n]) {
             let words = slot.pages().div_ceil(64) as usize;
             let bits = &mut self.bits[..words];
             get(&self.tracked, slot, bits)?;
@@ -167,11 +176,12 @@ impl DirtyLog {
         Ok(harvested)
     }
 
-    /// Writes are tracked no longer.
+    /// Writes are tracked no longer, until it is armed again. What has not been harvested is
+    /// forgotten.
     ///
     /// # Errors
     /// [`KvmError::DirtyTracking`]: of one slot. The others are disarmed.
-    pub fn disarm(mut self) -> Result<(), KvmError> {
+    pub fn disarm(&mut self) -> Result<(), KvmError> {
         self.tracked.disarm()
     }
 }

@@ -17,6 +17,11 @@
 //! harvest merges. Memory that arrives is not thereby written; but the first time that a vCPU touches a
 //! page it is reported even if it was only read, since KVM maps it for writing at once.
 //!
+//! [`KvmTracker`] makes either of them a [`Tracker`](pageferry_dirty::Tracker) as all others are, of host
+//! addresses, harvested into a [`DirtySet`](pageferry_dirty::DirtySet). That crate's trackers by write
+//! protection work under a guest, too, in memory that memslots show, and see what every thread of the
+//! process writes to that mapping.
+//!
 //! Source: `Documentation/virt/kvm/api.rst`: KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG,
 //! KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_DIRTY_LOG_RING, KVM_RESET_DIRTY_RINGS.
 
@@ -29,11 +34,13 @@ mod ring;
 mod slots;
 #[allow(unsafe_code)]
 pub(crate) mod sys;
+mod tracker;
 
 pub use log::{DirtyLog, LogMode};
 pub use marks::{WriteMarks, on_write};
 pub use ring::{DirtyRing, RingCollector, RingSize};
 pub use slots::TrackedSlot;
+pub use tracker::KvmTracker;
 
 /// The pages that KVM tracks: small ones, whatever the memory is made of.
 pub const TRACKED_PAGE: u64 = 4096;
@@ -46,4 +53,7 @@ pub struct Harvested {
     pub pages: u64,
     /// Calls of the kernel's that it took.
     pub calls: u64,
+    /// Whether every page was reported, because KVM did not say which were written: see
+    /// [`DirtyRing`].
+    pub whole: bool,
 }

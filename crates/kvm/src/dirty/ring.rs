@@ -104,6 +104,8 @@ struct Rings {
     outstanding: u64,
     /// Of the kernel's, since the last harvest.
     calls: u64,
+    /// Whether everything that is armed was taken for written since the last harvest.
+    whole: bool,
 }
 
 /// How often KVM may reset nothing of what has been collected.
@@ -133,7 +135,7 @@ impl DirtyRing {
             .collect::<Result<_, _>>()
             .map_err(KvmError::ioctl("mapping a vCPU's dirty ring"))?;
         let collected = tracked.slots().iter().map(|slot| Pages::new(slot.pages())).collect();
-        let rings = Rings { tracked, rings, collected, outstanding: 0, calls: 0 };
+        let rings = Rings { tracked, rings, collected, outstanding: 0, calls: 0, whole: false };
         let collector = RingCollector { shared: Arc::new(Mutex::new(rings)) };
         Ok(Self { collector, runs: Vec::new() })
     }
@@ -153,15 +155,28 @@ impl DirtyRing {
     /// # Errors
     /// [`KvmError::DirtyTracking`]; nothing is armed then.
     pub fn arm(&mut self) -> Result<(), KvmError> {
+        self.arm_slots(&|_| true)
+    }
+
+    /// Arms those slots that are wanted, beside those that are armed; or none of them.
+    pub(super) fn arm_slots(
+        &mut self,
+        wanted: &dyn Fn(&TrackedSlot) -> bool,
+    ) -> Result<(), KvmError> {
         let mut rings = self.collector.lock();
-        if rings.tracked.is_armed() {
+        let missing = rings.tracked.missing(wanted);
+        if missing.is_empty() {
             return Ok(());
         }
         rings.collect()?;
-        for pages in &mut rings.collected {
-            pages.take(&mut |_| {});
+        for &n in &missing {
+            rings.collected[n].take(&mut |_| {});
         }
-        rings.tracked.arm()
+        rings.tracked.arm(&missing)
+    }
+
+    pub(super) fn is_armed(&self) -> bool {
+        self.collector.lock().tracked.is_armed()
     }
 
     /// Tells the pages that were written since the last harvest, slot by slot in ascending order.
@@ -181,8 +196,10 @@ impl DirtyRing {
         }
         rings.collect()?;
         let calls = std::mem::take(&mut rings.calls);
+        let whole = std::mem::take(&mut rings.whole);
         let mut pages = 0;
-        for (slot, collected) in rings.tracked.slots().iter().zip(&mut rings.collected) {
+        for n in rings.tracked.armed() {
+            let (slot, collected) = (&rings.tracked.slots()[n], &mut rings.collected[n]);
             if let Some(marks) = &slot.marks {
                 marks.take(slot.pages(), &mut |run| collected.add_all(run));
             }
@@ -193,14 +210,15 @@ impl DirtyRing {
         for (slot, run) in self.runs.drain(..) {
             told(slot, run);
         }
-        Ok(Harvested { pages, calls })
+        Ok(Harvested { pages, calls, whole })
     }
 
-    /// Writes are tracked no longer.
+    /// Writes are tracked no longer, until it is armed again. What has not been harvested is
+    /// forgotten.
     ///
     /// # Errors
     /// [`KvmError::DirtyTracking`]: of one slot. The others are disarmed.
-    pub fn disarm(self) -> Result<(), KvmError> {
+    pub fn disarm(&mut self) -> Result<(), KvmError> {
         self.collector.lock().tracked.disarm()
     }
 }
@@ -256,8 +274,10 @@ impl Rings {
         if resets > 1 && self.tracked.is_armed() {
             tracing::warn!("KVM_RESET_DIRTY_RINGS was interrupted: all pages count as written");
             self.tracked.arm_anew()?;
-            for (slot, collected) in self.tracked.slots().iter().zip(&mut self.collected) {
-                collected.add_all(GranuleRange::new(GranuleIndex::new(0), slot.pages()));
+            self.whole = true;
+            for n in self.tracked.armed() {
+                let pages = self.tracked.slots()[n].pages();
+                self.collected[n].add_all(GranuleRange::new(GranuleIndex::new(0), pages));
             }
         }
         Ok(())

@@ -55,7 +55,8 @@ impl TrackedSlot {
 pub(super) struct Tracked {
     vm: OwnedFd,
     slots: Box<[TrackedSlot]>,
-    armed: bool,
+    /// Whether each of them is.
+    armed: Box<[bool]>,
 }
 
 /// A descriptor of the machine's own, which keeps it alive.
@@ -83,7 +84,8 @@ impl Tracked {
                 });
             }
         }
-        Ok(Self { vm: descriptor(vm)?, slots: slots.into(), armed: false })
+        let armed = vec![false; slots.len()].into();
+        Ok(Self { vm: descriptor(vm)?, slots: slots.into(), armed })
     }
 
     pub(super) fn vm(&self) -> BorrowedFd<'_> {
@@ -94,50 +96,69 @@ impl Tracked {
         &self.slots
     }
 
+    /// Whether any slot is armed.
     pub(super) fn is_armed(&self) -> bool {
-        self.armed
+        self.armed.contains(&true)
     }
 
-    /// Turns tracking on in every slot, or in none.
-    pub(super) fn arm(&mut self) -> Result<(), KvmError> {
-        for (n, slot) in self.slots.iter().enumerate() {
-            if let Some(marks) = &slot.marks {
+    /// Where in [`slots`](Self::slots) the armed ones are.
+    pub(super) fn armed(&self) -> impl Iterator<Item = usize> {
+        self.armed.iter().enumerate().filter_map(|(n, armed)| armed.then_some(n))
+    }
+
+    /// Those among [`slots`](Self::slots) that are wanted, and not armed yet.
+    pub(super) fn missing(&self, wanted: &dyn Fn(&TrackedSlot) -> bool) -> Vec<usize> {
+        let slots = self.slots.iter().zip(&self.armed).enumerate();
+        slots.filter(|(_, (slot, armed))| !**armed && wanted(slot)).map(|(n, _)| n).collect()
+    }
+
+    /// Turns tracking on in all of these, which are not armed, or in none.
+    pub(super) fn arm(&mut self, which: &[usize]) -> Result<(), KvmError> {
+        for (done, &n) in which.iter().enumerate() {
+            if let Some(marks) = &self.slots[n].marks {
                 marks.clear();
             }
-            if let Err(error) = self.set(slot, true) {
-                for slot in &self.slots[..n] {
-                    if let Err(error) = self.set(slot, false) {
-                        tracing::warn!("turning tracking off again: {error}");
-                    }
-                }
+            if let Err(error) = self.set(n, true) {
+                self.disarm_or_warn(&which[..done]);
                 return Err(error);
             }
+            self.armed[n] = true;
         }
-        self.armed = true;
         Ok(())
     }
 
-    /// Arms every page, whatever KVM believes. Writes meanwhile are not tracked: all pages have to be
-    /// taken for written afterwards. After a failure it is not armed.
+    /// Arms every page of what is armed, whatever KVM believes. Writes meanwhile are not tracked: all
+    /// pages have to be taken for written afterwards. After a failure nothing is armed.
     pub(super) fn arm_anew(&mut self) -> Result<(), KvmError> {
-        for slot in &self.slots {
-            if let Err(error) = self.set(slot, false).and_then(|()| self.set(slot, true)) {
-                self.armed = false;
+        let all: Vec<usize> = self.armed().collect();
+        for &n in &all {
+            if let Err(error) = self.set(n, false).and_then(|()| self.set(n, true)) {
+                self.disarm_or_warn(&all);
                 return Err(error);
             }
         }
         Ok(())
+    }
+
+    /// Turns it off in these, when something else is the error to be told of.
+    pub(super) fn disarm_or_warn(&mut self, which: &[usize]) {
+        for &n in which {
+            self.armed[n] = false;
+            if let Err(error) = self.set(n, false) {
+                tracing::warn!("turning tracking off again: {error}");
+            }
+        }
     }
 
     /// Turns it off in all of them, also where one fails, whose error it is then.
     pub(super) fn disarm(&mut self) -> Result<(), KvmError> {
-        if !std::mem::take(&mut self.armed) {
-            return Ok(());
-        }
-        self.slots.iter().map(|slot| self.set(slot, false)).fold(Ok(()), Result::and)
+        let armed: Vec<usize> = self.armed().collect();
+        self.armed.fill(false);
+        armed.iter().map(|n| self.set(*n, false)).fold(Ok(()), Result::and)
     }
 
-    fn set(&self, slot: &TrackedSlot, on: bool) -> Result<(), KvmError> {
+    fn set(&self, n: usize, on: bool) -> Result<(), KvmError> {
+        let slot = &self.slots[n];
         let region = kvm_userspace_memory_region {
             slot: slot.slot,
             flags: if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 }

@@ -1,17 +1,19 @@
 //! A guest of a few instructions, whose memory arrives on demand.
 #![allow(dead_code, unreachable_pub, unused_imports)] // Each test binary uses a part of it.
 
+pub mod load;
 mod source;
 pub mod tracker;
 
-use std::sync::Arc;
+use std::{ops::Deref, sync::Arc};
 
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use pageferry_dirty::PagedWrites;
 use pageferry_kvm::{Exit, VcpuPager, VmPager, VmPagerOptions, probe};
 use pageferry_memory::{Backing, GuestAddress, Layout, Mapping, Region, RegionConfig, RegionId};
-use pageferry_paging::{Delivery, Events, Pager, Prefetch};
-pub use pageferry_testing::{HUGE, PATIENCE, huge_pages, wait_for, watch, word};
+use pageferry_paging::{Builder, Delivery, Events, Pager, Prefetch, WriteTracking};
+pub use pageferry_testing::{HUGE, HugePages, PATIENCE, huge_pages, wait_for, watch, word};
 pub use source::{Contents, Source};
 
 pub const PAGE: u64 = 4096;
@@ -92,6 +94,9 @@ pub struct Config {
     pub len: u64,
     pub source: Source,
     pub options: VmPagerOptions,
+    pub tracking: WriteTracking,
+    /// Who is told of writes.
+    pub writes: Option<Arc<PagedWrites>>,
 }
 
 impl Default for Config {
@@ -107,15 +112,52 @@ impl Default for Config {
                 guest_page_tables_resident: true,
                 ..VmPagerOptions::default()
             },
+            tracking: WriteTracking::Off,
+            writes: None,
         }
     }
 }
 
-/// A virtual machine. The vCPUs go before it does.
-pub struct Guest {
+impl Config {
+    /// The memory, and what brings it, once it is given a source.
+    pub fn pager(&self) -> (Arc<Region>, Builder) {
+        let backing = self.backing.unwrap_or(match self.setup {
+            Setup::Missing => Backing::Anonymous,
+            _ => Backing::Memfd,
+        });
+        let region = RegionConfig {
+            guest_base: GuestAddress::new(BASE),
+            vcpu_view: self.setup == Setup::MinorOwnView,
+            fill_view: self.setup != Setup::Missing,
+            ..RegionConfig::new(self.len, backing)
+        };
+        let region = Arc::new(Region::new(&region).unwrap());
+        let events = self.events.unwrap_or(match self.setup {
+            Setup::NoQueue => Events::Ignore,
+            _ => Events::Watch,
+        });
+        let mut builder = Pager::builder(Layout::new(vec![Arc::clone(&region)]).unwrap())
+            .delivery(self.delivery)
+            .prefetch(Prefetch::NONE)
+            .events(events)
+            .write_tracking(self.tracking);
+        if let Some(writes) = &self.writes {
+            builder = builder.write_observer(Arc::clone(writes) as _);
+        }
+        (region, builder)
+    }
+}
+
+/// A virtual machine with its resident memory. The vCPUs go before it does.
+pub struct Machine {
     pub kvm: Kvm,
     pub vm: VmFd,
     boot: Mapping,
+}
+
+/// A virtual machine whose memory is paged.
+pub struct Guest {
+    machine: Machine,
     pub region: Arc<Region>,
     pub vm_pager: VmPager,
     pub source: Arc<Source>,
@@ -133,51 +175,83 @@ pub fn memslot(number: u32, guest: u64, view: &Mapping) -> kvm_userspace_memory_
 
 impl Guest {
     pub fn new(config: Config) -> Self {
-        let Config { setup, delivery, events, backing, len, source, options } = config;
-        let backing = backing.unwrap_or(match setup {
-            Setup::Missing => Backing::Anonymous,
-            _ => Backing::Memfd,
-        });
-        let region = RegionConfig {
-            guest_base: GuestAddress::new(BASE),
-            vcpu_view: setup == Setup::MinorOwnView,
-            fill_view: setup != Setup::Missing,
-            ..RegionConfig::new(len, backing)
-        };
-        let region = Arc::new(Region::new(&region).unwrap());
+        let (region, builder) = config.pager();
+        let Config { source, options, .. } = config;
         let source = Arc::new(source);
-        let events = events.unwrap_or(match setup {
-            Setup::NoQueue => Events::Ignore,
-            _ => Events::Watch,
-        });
-        let pager = Pager::builder(Layout::new(vec![Arc::clone(&region)]).unwrap())
-            .delivery(delivery)
-            .prefetch(Prefetch::NONE)
-            .events(events)
-            .start(Arc::clone(&source) as _)
-            .unwrap();
+        let pager = builder.start(Arc::clone(&source) as _).unwrap();
         let vm_pager = VmPager::new(Arc::new(pager), options).unwrap();
-
-        let kvm = Kvm::new().unwrap();
-        let vm = kvm.create_vm().unwrap();
-        vm.set_tss_address(0xfffb_d000).unwrap();
-        let boot = Mapping::anonymous(BOOT_PAGES * PAGE).unwrap();
-        for slot in [memslot(100, 0, &boot), memslot(0, BASE, region.kvm_view())] {
-            // SAFETY: both mappings live as long as the machine.
-            unsafe { vm.set_user_memory_region(slot) }.unwrap();
-        }
-        let guest = Self { kvm, vm, boot, region, vm_pager, source };
-        guest.fill_boot_memory();
-        guest
+        let machine = Machine::new();
+        machine.show(0, BASE, region.kvm_view());
+        Self { machine, region, vm_pager, source }
     }
 
     pub fn pager(&self) -> &Arc<Pager> {
         self.vm_pager.pager()
     }
 
+    pub fn vcpu(&self, number: u64) -> Vcpu {
+        let fd = self.vm.create_vcpu(number).unwrap();
+        Vcpu { fd, pager: self.vm_pager.vcpu() }
+    }
+
+    /// What the guest is to find at this offset of its paged memory.
+    pub fn expected(offset: u64) -> u64 {
+        word(REGION, offset)
+    }
+
+    /// What is in the paged memory at this offset, by the view that never faults; for one without,
+    /// of a page that is there.
+    pub fn peek(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let view = self.region.fill_view().unwrap_or(self.region.guest_view());
+        view.read_at(offset, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// What the paged memory is to contain from this offset on, when it has come.
+    pub fn contents(offset: u64, len: usize) -> Vec<u8> {
+        let first = offset & !7;
+        let mut bytes = vec![0; (offset as usize - first as usize + len).next_multiple_of(8)];
+        pageferry_testing::fill_pattern(REGION, first, &mut bytes);
+        bytes[(offset - first) as usize..][..len].to_vec()
+    }
+}
+
+impl Deref for Guest {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl Machine {
+    pub fn new() -> Self {
+        let kvm = Kvm::new().unwrap();
+        let vm = kvm.create_vm().unwrap();
+        vm.set_tss_address(0xfffb_d000).unwrap();
+        let boot = Mapping::anonymous(BOOT_PAGES * PAGE).unwrap();
+        let machine = Self { kvm, vm, boot };
+        machine.show(100, 0, &machine.boot);
+        machine.fill_boot_memory();
+        machine
+    }
+
+    /// Gives the guest this memory, which has to live as long as the machine.
+    pub fn show(&self, slot: u32, guest: u64, view: &Mapping) {
+        // SAFETY: as the caller sees to.
+        unsafe { self.vm.set_user_memory_region(memslot(slot, guest, view)) }.unwrap();
+    }
+
     /// Writes to the resident memory.
     pub fn poke(&self, address: u64, bytes: &[u8]) {
         self.boot.write_at(address, bytes).unwrap();
+    }
+
+    /// Puts code where vCPUs enter, and behind it that it is done.
+    pub fn load(&self, code: &[u8]) {
+        // out DONE, al; jmp to itself
+        self.poke(CODE, &[code, &[0xe6, DONE as u8, 0xeb, 0xfe]].concat());
     }
 
     fn poke_word(&self, address: u64, word: u64) {
@@ -213,33 +287,6 @@ impl Guest {
             self.poke(handler, &[0xb0, vector as u8, 0xe6, VECTOR as u8, 0xf4]);
         }
     }
-
-    pub fn vcpu(&self, number: u64) -> Vcpu {
-        let fd = self.vm.create_vcpu(number).unwrap();
-        Vcpu { fd, pager: self.vm_pager.vcpu() }
-    }
-
-    /// What the guest is to find at this offset of its paged memory.
-    pub fn expected(offset: u64) -> u64 {
-        word(REGION, offset)
-    }
-
-    /// What is in the paged memory at this offset, by the view that never faults; for one without,
-    /// of a page that is there.
-    pub fn peek(&self, offset: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        let view = self.region.fill_view().unwrap_or(self.region.guest_view());
-        view.read_at(offset, &mut bytes).unwrap();
-        bytes
-    }
-
-    /// What the paged memory is to contain from this offset on, when it has come.
-    pub fn contents(offset: u64, len: usize) -> Vec<u8> {
-        let first = offset & !7;
-        let mut bytes = vec![0; (offset as usize - first as usize + len).next_multiple_of(8)];
-        pageferry_testing::fill_pattern(REGION, first, &mut bytes);
-        bytes[(offset - first) as usize..][..len].to_vec()
-    }
 }
 
 /// Where the guest has this offset of its paged memory.
@@ -274,60 +321,89 @@ pub struct Registers {
     pub rdi: u64,
 }
 
+/// A vCPU whose memory nobody pages.
+pub struct Bare(pub VcpuFd);
+
+impl Bare {
+    /// Runs this code, which ends by saying that it is done.
+    #[track_caller]
+    pub fn execute(&mut self, machine: &Machine, ring: Ring, code: &[u8], registers: Registers) {
+        machine.load(code);
+        enter(&self.0, ring, CODE, registers);
+        self.finish(&mut || panic!("its ring is full"));
+    }
+
+    /// Runs until the program says that it is done; `full` empties the ring.
+    #[track_caller]
+    pub fn finish(&mut self, full: &mut dyn FnMut()) {
+        loop {
+            match self.0.run() {
+                Ok(VcpuExit::IoOut(DONE, _)) => return,
+                Ok(VcpuExit::Unsupported(tracker::RING_FULL)) => full(),
+                other => panic!("the program did not end: {other:?}"),
+            }
+        }
+    }
+}
+
+/// Puts the vCPU to this address in 64-bit mode.
+pub fn enter(fd: &VcpuFd, ring: Ring, rip: u64, registers: Registers) {
+    let mut system = fd.get_sregs().unwrap();
+    let (code, data, level) = match ring {
+        Ring::Zero => (CODE_0, DATA_0, 0),
+        Ring::Three => (CODE_3, DATA_3, 3),
+    };
+    let data = kvm_segment {
+        limit: u32::MAX,
+        selector: data,
+        type_: 3,
+        present: 1,
+        dpl: level,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    (system.ds, system.es, system.ss, system.fs, system.gs) = (data, data, data, data, data);
+    system.cs = kvm_segment { selector: code, type_: 11, l: 1, db: 0, ..data };
+    system.tr = kvm_segment {
+        base: TASK,
+        limit: 0x67,
+        selector: TASK_STATE,
+        type_: 11,
+        present: 1,
+        ..Default::default()
+    };
+    (system.gdt.base, system.gdt.limit) = (DESCRIPTORS, 0x37);
+    (system.idt.base, system.idt.limit) = (VECTORS, 32 * 16 - 1);
+    system.cr3 = ROOT;
+    system.cr4 |= 1 << 6 | 1 << 5; // MCE, PAE
+    system.cr0 |= 1 << 31 | 1 << 5 | 1; // PG, NE, PE
+    system.efer |= 1 << 10 | 1 << 8; // LMA, LME
+    fd.set_sregs(&system).unwrap();
+    let Registers { rax, rcx, rsi, rdi } = registers;
+    let registers = kvm_regs {
+        rip,
+        rax,
+        rcx,
+        rsi,
+        rdi,
+        rsp: STACK - 512,
+        rflags: 3 << 12 | 2, // IOPL 3
+        ..Default::default()
+    };
+    fd.set_regs(&registers).unwrap();
+}
+
 impl Vcpu {
     /// Puts the vCPU to this address in 64-bit mode.
     pub fn enter(&self, ring: Ring, rip: u64, registers: Registers) {
-        let mut system = self.fd.get_sregs().unwrap();
-        let (code, data, level) = match ring {
-            Ring::Zero => (CODE_0, DATA_0, 0),
-            Ring::Three => (CODE_3, DATA_3, 3),
-        };
-        let data = kvm_segment {
-            limit: u32::MAX,
-            selector: data,
-            type_: 3,
-            present: 1,
-            dpl: level,
-            db: 1,
-            s: 1,
-            g: 1,
-            ..Default::default()
-        };
-        (system.ds, system.es, system.ss, system.fs, system.gs) = (data, data, data, data, data);
-        system.cs = kvm_segment { selector: code, type_: 11, l: 1, db: 0, ..data };
-        system.tr = kvm_segment {
-            base: TASK,
-            limit: 0x67,
-            selector: TASK_STATE,
-            type_: 11,
-            present: 1,
-            ..Default::default()
-        };
-        (system.gdt.base, system.gdt.limit) = (DESCRIPTORS, 0x37);
-        (system.idt.base, system.idt.limit) = (VECTORS, 32 * 16 - 1);
-        system.cr3 = ROOT;
-        system.cr4 |= 1 << 6 | 1 << 5; // MCE, PAE
-        system.cr0 |= 1 << 31 | 1 << 5 | 1; // PG, NE, PE
-        system.efer |= 1 << 10 | 1 << 8; // LMA, LME
-        self.fd.set_sregs(&system).unwrap();
-        let Registers { rax, rcx, rsi, rdi } = registers;
-        let registers = kvm_regs {
-            rip,
-            rax,
-            rcx,
-            rsi,
-            rdi,
-            rsp: STACK - 512,
-            rflags: 3 << 12 | 2, // IOPL 3
-            ..Default::default()
-        };
-        self.fd.set_regs(&registers).unwrap();
+        enter(&self.fd, ring, rip, registers);
     }
 
     /// Prepares this code, which ends by itself or by saying that it is done.
     pub fn prepare(&self, guest: &Guest, ring: Ring, code: &[u8], registers: Registers) {
-        // out DONE, al; jmp to itself
-        guest.poke(CODE, &[code, &[0xe6, DONE as u8, 0xeb, 0xfe]].concat());
+        guest.load(code);
         self.enter(ring, CODE, registers);
     }
 

@@ -10,7 +10,13 @@ use pageferry_kvm::{
 use pageferry_memory::{GranuleRange, GuestAddress};
 use pageferry_paging::Delivery;
 
-use super::{BASE, Config, Guest, Vcpu, kvm};
+use super::{BASE, Config, Guest, Machine, Vcpu, kvm};
+
+/// KVM_EXIT_DIRTY_RING_FULL.
+pub const RING_FULL: u32 = 31;
+
+pub const MOV_RAX: [u8; 3] = [0x48, 0x8b, 0x07]; // mov rax, [rdi]
+pub const MOV_TO: [u8; 3] = [0x48, 0x89, 0x07]; // mov [rdi], rax
 
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Method {
@@ -50,7 +56,7 @@ impl Tracker {
         }
     }
 
-    pub fn disarm(self) -> Result<(), KvmError> {
+    pub fn disarm(&mut self) -> Result<(), KvmError> {
         match self {
             Self::Log(log) => log.disarm(),
             Self::Ring(ring) => ring.disarm(),
@@ -84,7 +90,7 @@ pub fn deliveries() -> Vec<Delivery> {
 }
 
 /// The smallest rings that KVM gives here.
-pub fn enable_smallest(guest: &Guest) -> Result<RingSize, KvmError> {
+pub fn enable_smallest(guest: &Machine) -> Result<RingSize, KvmError> {
     (12..=20)
         .map(|shift| RingSize::enable(&guest.vm, 1 << shift))
         .reduce(Result::or)

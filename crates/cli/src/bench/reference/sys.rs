@@ -39,7 +39,7 @@ impl Range {
 
 /// Opens a non-blocking userfaultfd by device node, system call or user-mode-only system call,
 /// whichever works first, and enables `features`.
-pub(super) fn open(features: u64) -> io::Result<OwnedFd> {
+pub(in crate::bench) fn open(features: u64) -> io::Result<OwnedFd> {
     let uffd = open_device().or_else(|_| open_syscall(0)).or_else(|_| {
         // The guest's touches are made in user mode, so nothing is lost.
         open_syscall(UFFD_USER_MODE_ONLY as libc::c_int)
@@ -97,7 +97,7 @@ pub(in crate::bench) fn register(uffd: RawFd, range: Range, mode: u64) -> io::Re
 }
 
 /// Unregisters `range`, which wakes all its waiting threads.
-pub(super) fn unregister(uffd: RawFd, range: Range) -> io::Result<()> {
+pub(in crate::bench) fn unregister(uffd: RawFd, range: Range) -> io::Result<()> {
     // SAFETY: UFFDIO_UNREGISTER takes a `uffdio_range`.
     unsafe { ioctl(uffd, UFFDIO_UNREGISTER, &mut range.raw()) }
 }
@@ -196,18 +196,18 @@ pub(in crate::bench) unsafe fn make_present(uffd: RawFd, start: u64, len: u64, w
 
 /// One message of a userfaultfd's queue that is a page fault.
 #[derive(Copy, Clone, Debug)]
-pub(super) struct Message {
-    pub(super) address: u64,
+pub(in crate::bench) struct Message {
+    pub(in crate::bench) address: u64,
     /// The faulting thread, if UFFD_FEATURE_THREAD_ID was asked for.
-    pub(super) thread: u32,
+    pub(in crate::bench) thread: u32,
 }
 
 /// A buffer for messages.
-pub(super) struct Messages(Vec<uffd_msg>);
+pub(in crate::bench) struct Messages(Vec<uffd_msg>);
 
 impl Messages {
     /// For at most `capacity` messages a read.
-    pub(super) fn new(capacity: usize) -> Self {
+    pub(in crate::bench) fn new(capacity: usize) -> Self {
         // SAFETY: all-zero bytes are a valid `uffd_msg`.
         Self(vec![unsafe { std::mem::zeroed() }; capacity])
     }
@@ -215,7 +215,10 @@ impl Messages {
     /// One read(2): the messages that were there, none if there were none, or the errno. No
     /// feature that is enabled here makes messages of another kind than page faults.
     #[inline]
-    pub(super) fn read(&mut self, uffd: RawFd) -> Result<impl Iterator<Item = Message>, i32> {
+    pub(in crate::bench) fn read(
+        &mut self,
+        uffd: RawFd,
+    ) -> Result<impl Iterator<Item = Message>, i32> {
         let bytes = std::mem::size_of_val(self.0.as_slice());
         // SAFETY: the buffer has that many bytes, and any bytes are a valid `uffd_msg`.
         let got = unsafe { libc::read(uffd, self.0.as_mut_ptr().cast(), bytes) };
@@ -236,7 +239,7 @@ impl Messages {
 
 /// Waits for `uffd` to have messages (true) or for `stop` to be readable (false).
 #[inline]
-pub(super) fn wait(uffd: RawFd, stop: RawFd) -> Result<bool, i32> {
+pub(in crate::bench) fn wait(uffd: RawFd, stop: RawFd) -> Result<bool, i32> {
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut fds = [poll(uffd), poll(stop)];
     loop {

@@ -1,0 +1,171 @@
+//! The samples in a terminal.
+
+use ratatui::{
+    Frame,
+    layout::{Constraint, Layout},
+    style::{Color, Style, Stylize as _},
+    text::{Line, Span},
+    widgets::{Cell, Paragraph, Row, Sparkline, Table},
+};
+
+use super::sample::{MappingSample, Sample, Samples};
+use crate::size;
+
+/// What stands above the samples.
+#[derive(Debug)]
+pub(super) struct Heading {
+    pub(super) pid: u32,
+    pub(super) command: String,
+    pub(super) method: String,
+    /// Why that method.
+    pub(super) why: String,
+}
+
+/// Draws `sample`, the mappings that were written most at the top.
+pub(super) fn draw(frame: &mut Frame<'_>, heading: &Heading, samples: &Samples, sample: &Sample) {
+    let areas = Layout::vertical([
+        Constraint::Length(3),
+        Constraint::Length(3),
+        Constraint::Min(2),
+        Constraint::Length(1),
+    ])
+    .split(frame.area());
+    let Heading { pid, command, method, why } = heading;
+    let total = format!(
+        "{}/s written, dirty set {}, stopped {:.2} ms for this sample",
+        size::display(sample.bytes_per_s as u64),
+        size::display(sample.dirty_set_bytes),
+        sample.stopped_ms
+    );
+    let head = vec![
+        Line::from(vec![
+            format!("{command} ({pid})").bold(),
+            format!("  {:.0} s", sample.t_s).into(),
+        ]),
+        Line::from(format!("{method}: {why}").dim()),
+        Line::from(total),
+    ];
+    frame.render_widget(Paragraph::new(head), areas[0]);
+    let rates = samples.total_rates();
+    let width = usize::from(areas[1].width);
+    let recent = &rates[rates.len().saturating_sub(width)..];
+    frame.render_widget(Sparkline::default().data(recent).style(Color::Cyan), areas[1]);
+
+    let mut mappings: Vec<&MappingSample> = sample.mappings.iter().collect();
+    mappings.sort_by(|a, b| {
+        let written = |m: &MappingSample| (m.written_pages, m.dirty_set_bytes);
+        written(b).cmp(&written(a)).then(a.start.cmp(&b.start))
+    });
+    let rows = mappings.iter().map(|mapping| {
+        Row::new([
+            Cell::from(name(mapping)),
+            Cell::from(size::display(mapping.end - mapping.start)),
+            Cell::from(format!("{}/s", size::display(mapping.bytes_per_s as u64))),
+            Cell::from(size::display(mapping.dirty_set_bytes)),
+            Cell::from(spark(&samples.rates(mapping.start))),
+            Cell::from(heat(mapping)),
+        ])
+    });
+    let widths = [
+        Constraint::Fill(1),
+        Constraint::Length(10),
+        Constraint::Length(12),
+        Constraint::Length(10),
+        Constraint::Length(16),
+        Constraint::Length(32),
+    ];
+    let header = Row::new(["mapping", "size", "written", "dirty set", "rate", "where"]).bold();
+    frame.render_widget(Table::new(rows, widths).header(header), areas[2]);
+    frame.render_widget(Paragraph::new("q or Ctrl-C: end".dim()), areas[3]);
+}
+
+fn name(mapping: &MappingSample) -> String {
+    match mapping.name.as_str() {
+        "" => format!("{:x} {}", mapping.start, mapping.permissions),
+        name => name.to_owned(),
+    }
+}
+
+const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+
+/// The last 16 rates, the highest of them as high as a bar can be.
+fn spark(rates: &[u64]) -> String {
+    let recent = &rates[rates.len().saturating_sub(16)..];
+    let most = recent.iter().copied().max().unwrap_or(0);
+    let bar = |rate: &u64| match (rate * 8).checked_div(most) {
+        None | Some(0) if *rate == 0 => ' ',
+        height => BARS[(height.unwrap_or(0) as usize).clamp(1, 8) - 1],
+    };
+    recent.iter().map(bar).collect()
+}
+
+/// The mapping from its start to its end: the more of a part was written, the brighter.
+fn heat(mapping: &MappingSample) -> Line<'static> {
+    let cells = mapping.heat.len().max(1) as u64;
+    let pages = (mapping.end - mapping.start) / crate::bench::case::PAGE as u64;
+    let most = pages.div_ceil(cells).max(1);
+    let shades = [Color::DarkGray, Color::Blue, Color::Magenta, Color::Red, Color::Yellow];
+    let cell = |written: &u64| {
+        let shade = match written * 4 {
+            0 => 0,
+            written => (written / most).clamp(1, 4) as usize,
+        };
+        // Not by colour alone: for those who see none, and for copies of the text.
+        Span::styled(["·", "░", "▒", "▓", "█"][shade], Style::default().fg(shades[shade]))
+    };
+    mapping.heat.iter().map(cell).collect::<Vec<_>>().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use ratatui::{Terminal, backend::TestBackend};
+
+    use super::*;
+    use crate::dirty::sample::Mapping;
+
+    #[test]
+    fn what_is_written_most_is_on_top() {
+        let mapping = |start: u64, pages: u64, name: &str| Mapping {
+            range: start << 12..(start + pages) << 12,
+            permissions: "rw-p".into(),
+            name: name.into(),
+        };
+        let mut samples = Samples::default();
+        let all =
+            || vec![mapping(16, 32, "[heap]"), mapping(64, 64, ""), mapping(256, 32, "/lib/x")];
+        let first = 16 << 12..18 << 12;
+        samples.add(Duration::from_secs(1), Duration::ZERO, all(), std::slice::from_ref(&first));
+        let written = [64 << 12..96 << 12, 16 << 12..17 << 12];
+        let sample = samples.add(Duration::from_secs(2), Duration::from_millis(3), all(), &written);
+        let heading = Heading {
+            pid: 42,
+            command: "worker".into(),
+            method: "wp-async".into(),
+            why: "because".into(),
+        };
+        let mut terminal = Terminal::new(TestBackend::new(120, 14)).unwrap();
+        terminal.draw(|frame| draw(frame, &heading, &samples, &sample)).unwrap();
+        let screen = terminal.backend().to_string();
+        let line = |text: &str| {
+            let found = screen.lines().position(|line| line.contains(text));
+            found.unwrap_or_else(|| panic!("{text} is not in {screen}"))
+        };
+        assert!(line("worker (42)") < line("wp-async: because"));
+        assert!(line("132 KiB/s written") < line("40000 rw-p"));
+        assert!(line("40000 rw-p") < line("[heap]"));
+        assert!(line("[heap]") < line("/lib/x"));
+        let anonymous = screen.lines().nth(line("40000 rw-p")).unwrap();
+        assert!(anonymous.contains(&format!("{}{}", "█".repeat(16), "·".repeat(16))), "{screen}");
+        assert!(line("q or Ctrl-C") > line("/lib/x"));
+    }
+
+    #[test]
+    fn sparks_have_the_height_of_their_rate() {
+        assert_eq!(spark(&[]), "");
+        assert_eq!(spark(&[0, 0]), "  ");
+        assert_eq!(spark(&[0, 1, 400, 800]), " ▁▄█");
+        assert_eq!(spark(&[u64::MAX / 16; 20]).chars().count(), 16);
+    }
+}

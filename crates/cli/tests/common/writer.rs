@@ -1,0 +1,135 @@
+//! A process that writes all the time: this test binary, run again. It has to have a test named
+//! `writer` that calls [`run`].
+
+use std::{
+    hint::black_box,
+    io::{BufRead as _, BufReader},
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal};
+
+use super::common::{host::is_root, wait_for};
+
+const CASE: &str = "PAGEFERRY_WRITER";
+const READY: &str = "the writer is ready";
+
+/// Pages that are written again and again, at the start of [`PAGES`].
+pub(crate) const HOT: usize = 256;
+pub(crate) const PAGES: usize = 8192;
+
+/// What the process does: in a test of its name.
+pub(crate) fn run() {
+    if std::env::var_os(CASE).is_none() {
+        return;
+    }
+    let mut memory = vec![0_u8; PAGES * 4096];
+    for page in 0..PAGES {
+        memory[page * 4096] = (page % 251) as u8 + 1;
+    }
+    println!("{READY}");
+    for turn in 0_usize.. {
+        let page = turn * 7 % HOT;
+        memory[page * 4096 + 8 + turn % 4000] ^= 1;
+        black_box(&mut memory);
+        if turn % 64 == 0 {
+            thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+/// It, as long as this lives.
+pub(crate) struct Writer {
+    child: Child,
+    _out: BufReader<ChildStdout>,
+}
+
+impl Writer {
+    pub(crate) fn start() -> Self {
+        let mut child = Command::new(std::env::current_exe().expect("this program"))
+            .args(["writer", "--exact", "--nocapture", "--test-threads=1"])
+            .env(CASE, "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the writer starts");
+        let mut out = BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = String::new();
+        while !line.contains(READY) {
+            line.clear();
+            assert_ne!(out.read_line(&mut line).expect("its output"), 0, "the writer ended");
+        }
+        Self { child, _out: out }
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        rustix::process::kill_process(self.pid(), signal).expect("it runs");
+    }
+
+    pub(crate) fn end(&mut self) {
+        self.child.kill().expect("it runs");
+        self.child.wait().expect("it ends");
+    }
+
+    /// One letter: `T` stopped, `t` stopped by a tracer, `R` and `S` running and waiting.
+    pub(crate) fn state(&self) -> char {
+        self.stat().0
+    }
+
+    fn stat(&self) -> (char, u64) {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("its stat");
+        let (_, fields) = stat.rsplit_once(") ").expect("a name");
+        let time = fields.split(' ').nth(11).and_then(|text| text.parse().ok());
+        (fields.chars().next().expect("a state"), time.expect("its time"))
+    }
+
+    /// It goes on writing, and nothing tracks it any more.
+    #[track_caller]
+    pub(crate) fn assert_untouched(&self) {
+        let (_, before) = self.stat();
+        wait_for("the writer gets on", || (self.stat().1 > before).then_some(()));
+        wait_for("its memory is not registered", || {
+            let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid())).ok()?;
+            let flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+            let registered = |flags: &str| flags.split(' ').any(|f| matches!(f, "uw" | "um"));
+            (!flags.into_iter().any(registered)).then_some(())
+        });
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it");
+        assert!(status.contains("TracerPid:\t0"), "{status}");
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // It may have ended meanwhile.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether processes can be tracked here.
+pub(crate) fn can_track() -> bool {
+    let report = super::common::json(&super::common::run(&mut super::common::pageferry([
+        "--json", "doctor",
+    ])));
+    let works = |id: &str| {
+        report["findings"]
+            .as_array()
+            .expect("findings")
+            .iter()
+            .any(|finding| finding["id"] == id && finding["status"] == "works")
+    };
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    let may_trace = is_root() || scope.trim().is_empty() || scope.trim() == "0";
+    let can = may_trace && (works("wp.async") || works("wp.anonymous") || works("soft-dirty"));
+    if !can {
+        println!("skipped: needs the right to trace a process, and a way to track its writes");
+    }
+    can
+}

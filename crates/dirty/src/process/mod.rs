@@ -69,7 +69,8 @@ pub struct AttachOptions {
 ///
 /// With [`WpBlocking`](Method::WpBlocking) the first write to a page waits for a thread of this
 /// process: while this process is stopped, writers of the other one wait. Should this process fork
-/// without exec, the child holds a copy of the userfaultfd, and tracking ends with the last one.
+/// without exec, and be killed, the child holds a copy of the userfaultfd, and writers wait until it
+/// ends.
 pub struct ProcessTracker {
     process: Arc<Process>,
     choice: Choice,
@@ -142,7 +143,7 @@ impl ProcessTracker {
         options: &AttachOptions,
     ) -> Result<Self, ProcessTrackError> {
         let process = process.into();
-        Self::attach_to(Arc::clone(&process), options).map_err(confirm)
+        Self::attach_to(Arc::clone(&process), options).map_err(|error| confirm(&process, error))
     }
 
     fn attach_to(
@@ -229,7 +230,7 @@ impl ProcessTracker {
         });
         harvest.map_err(|error| {
             self.known.clear();
-            confirm(error)
+            confirm(&self.process, error)
         })
     }
 
@@ -296,16 +297,35 @@ impl ProcessTracker {
     ///
     /// # Errors
     ///
-    /// None today: the kernel lifts the protection when the userfaultfd is closed, and a process
-    /// that is no more is no error.
-    pub fn detach(self) -> Result<(), ProcessTrackError> {
-        drop(self);
-        Ok(())
+    /// A mapping could not be released, or the mappings cannot be read. What is left is released
+    /// with the last copy of the userfaultfd. That the process is no more is no error.
+    pub fn detach(mut self) -> Result<(), ProcessTrackError> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<(), ProcessTrackError> {
+        let Means::Protection(protection) = &mut self.means else { return Ok(()) };
+        match protection.release().map_err(|error| confirm(&self.process, error)) {
+            Err(error) if error.is_gone() => Ok(()),
+            result => result,
+        }
     }
 }
 
-/// Whether an error is what it says it is.
-fn confirm(error: ProcessTrackError) -> ProcessTrackError {
+impl Drop for ProcessTracker {
+    fn drop(&mut self) {
+        if let Err(error) = self.release() {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+/// What an error is of, if the process is no more.
+fn confirm(process: &Process, error: ProcessTrackError) -> ProcessTrackError {
+    let error = match process.check() {
+        Err(gone) if gone.is_gone() => gone.into(),
+        _ => error,
+    };
     match error {
         // For a moment a process that ends looks like one that has other memory now: if so, it can
         // be opened again.

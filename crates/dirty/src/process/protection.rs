@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use pageferry_process::{Mapping, MappingFlags, Process, ProcessError};
+use pageferry_process::{Detail, Mapping, MappingFlags, Process, ProcessError};
 use pageferry_uffd::{Errno, Features, HostRange, Pagemap, PagemapError, Userfaultfd};
 
 use super::{
@@ -23,9 +23,15 @@ use crate::{
 /// a reservation, and marking all of it could take more than its memory does.
 pub(super) const MARKED_UP_TO: u64 = 1 << 30;
 
+/// Ranges that were registered are put together when there are so many.
+const MANY: usize = 1 << 14;
+
 pub(super) struct Protection {
+    uffd: Arc<Userfaultfd>,
     protector: OtherProcess,
-    /// With the blocking method. Ends before the descriptor is closed, which lets all go on.
+    /// All that was registered, there still or not.
+    registered: Vec<HostRange>,
+    /// With the blocking method.
     reader: Option<Reader>,
     process: Process,
     scanner: Scanner,
@@ -46,10 +52,19 @@ impl Protection {
         let reader = blocking.then(|| Reader::start(Arc::clone(&uffd))).transpose()?;
         // SAFETY: the descriptor was opened in the name of that process, which `Process` does not
         // let be this one.
-        let protector =
-            unsafe { OtherProcess::new(uffd, pid.as_raw_nonzero().get().unsigned_abs()) };
-        let (scanner, looker) = (Scanner::new(), Looker::new());
-        Ok(Self { protector, reader, process: process.clone(), scanner, looker, calls: 0 })
+        let protector = unsafe {
+            OtherProcess::new(Arc::clone(&uffd), pid.as_raw_nonzero().get().unsigned_abs())
+        };
+        Ok(Self {
+            uffd,
+            protector,
+            registered: Vec::new(),
+            reader,
+            process: process.clone(),
+            scanner: Scanner::new(),
+            looker: Looker::new(),
+            calls: 0,
+        })
     }
 
     /// Calls of the kernel so far.
@@ -120,8 +135,11 @@ impl Protection {
     fn start(&mut self, pagemap: &Pagemap, mapping: &Mapping) -> Result<Option<Runs>, Interrupted> {
         let range = mapping.range;
         self.calls += 1;
+        if self.registered.len() >= MANY {
+            self.registered = Runs::of(std::mem::take(&mut self.registered)).into_vec();
+        }
         match self.protector.register(Tracked { range, page: page_size(mapping) }) {
-            Ok(()) => {}
+            Ok(()) => self.registered.push(range),
             Err(DirtyError::Register { source, .. }) if is_refusal(source.errno()) => {
                 return Ok(None);
             }
@@ -229,6 +247,34 @@ impl Protection {
             changed = changed.or(&holes);
         }
         Ok(Sight::Tracked { changed, own: Runs::default() })
+    }
+
+    /// Ends all registrations, and with them all protection; whoever waits goes on.
+    ///
+    /// Closing the descriptor does so, too, unless there is a copy of it: as in a child of this
+    /// process that has not executed its program yet.
+    pub(super) fn release(&mut self) -> Result<(), ProcessTrackError> {
+        let registered = Runs::of(std::mem::take(&mut self.registered));
+        if registered.is_empty() {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for mapping in self.process.mappings(Detail::Names)? {
+            // As a whole: a registered mapping may have grown.
+            let range = mapping.range;
+            if registered.within(range).is_empty() {
+                continue;
+            }
+            match self.uffd.unregister_raw(range) {
+                Ok(()) => {}
+                // It has gone just now, or what is there has never been ours.
+                Err(error) if error.errno() == Some(Errno::INVAL) => {}
+                Err(source) => {
+                    result = Err(DirtyError::Release { range, source }.into());
+                }
+            }
+        }
+        result
     }
 
     fn protect(&mut self, runs: &Runs) -> Result<(), Interrupted> {

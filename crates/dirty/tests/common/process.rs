@@ -145,9 +145,11 @@ impl Target {
         });
         let status = read("status");
         let status = status.lines().filter(|line| {
-            ["TracerPid", "Threads", "FDSize", "Sig", "Shd", "Seccomp", "Cap", "State"]
-                .iter()
-                .any(|key| line.starts_with(key))
+            // How many signals its user has waiting, in all processes, is no matter.
+            !line.starts_with("SigQ")
+                && ["TracerPid", "Threads", "FDSize", "Sig", "Shd", "Seccomp", "Cap", "State"]
+                    .iter()
+                    .any(|key| line.starts_with(key))
         });
         let mut descriptors: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()

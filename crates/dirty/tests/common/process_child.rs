@@ -316,13 +316,12 @@ fn change(random: &mut Random, areas: &mut Vec<Area>, index: usize) {
             protect(part, part_len, access);
         }
         32..34 => {
-            // It may be of several mappings by now, of which none or some are moved.
+            // It may be of several mappings by now, of which none or some are moved. What is left of
+            // either place then is not touched again: parts of it may be another thread's already.
             let to = map(None, len, ProtFlags::empty(), MapFlags::PRIVATE).unwrap();
             if remap(start, len, len, Some(to)).is_some() {
                 areas[index].start = to;
             } else {
-                unmap(to, len);
-                unmap(start, len);
                 areas.remove(index);
             }
         }

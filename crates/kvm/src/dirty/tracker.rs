@@ -1,7 +1,7 @@
 //! KVM's dirty log and dirty ring behind the interface of all trackers.
 
 use pageferry_dirty::{DirtyError, DirtySet, Harvested, Method, Tracked, Tracker};
-use pageferry_memory::{GranuleRange, HostRange};
+use pageferry_memory::{GranuleRange, HostAddress, HostRange};
 
 use super::{DirtyLog, DirtyRing, TRACKED_PAGE, TrackedSlot};
 use crate::KvmError;
@@ -135,23 +135,48 @@ impl KvmTracker {
     }
 }
 
-/// Notes what a slot reports, where it is armed.
+/// Notes what slots report, where it is armed.
 struct Noting<'a> {
     views: &'a [(u32, HostRange)],
     ranges: &'a [Tracked],
     into: &'a DirtySet,
     pages: u64,
+    /// The slot of the last run, and the armed range: most often those of the next.
+    last: Option<(u32, HostRange)>,
+    armed: HostRange,
 }
 
-impl Noting<'_> {
+impl<'a> Noting<'a> {
+    fn new(views: &'a [(u32, HostRange)], ranges: &'a [Tracked], into: &'a DirtySet) -> Self {
+        let armed = HostRange::new(HostAddress::new(0), 0);
+        Self { views, ranges, into, pages: 0, last: None, armed }
+    }
+
     fn note(&mut self, slot: u32, run: GranuleRange) {
-        let Ok(n) = self.views.binary_search_by_key(&slot, |(slot, _)| *slot) else { return };
-        let (_, view) = self.views[n];
-        let run = view.skip(run.first().get() * TRACKED_PAGE).take(run.count() * TRACKED_PAGE);
+        let view = match self.last {
+            Some((last, view)) if last == slot => view,
+            _ => {
+                let found = self.views.binary_search_by_key(&slot, |(slot, _)| *slot);
+                let Ok(found) = found else { return };
+                self.last = Some(self.views[found]);
+                self.views[found].1
+            }
+        };
+        let start = HostAddress::new(view.start().get() + run.first().get() * TRACKED_PAGE);
+        let run = HostRange::new(start, run.count() * TRACKED_PAGE);
+        if self.armed.contains_range(run) {
+            self.pages += self.into.mark(run);
+        } else {
+            self.note_parts(run);
+        }
+    }
+
+    fn note_parts(&mut self, run: HostRange) {
         let first = self.ranges.partition_point(|armed| armed.range.end() <= run.start());
         for armed in &self.ranges[first..] {
             let Some(part) = armed.range.intersection(run) else { break };
             self.pages += self.into.mark(part);
+            self.armed = armed.range;
         }
     }
 }
@@ -189,7 +214,7 @@ impl Tracker for KvmTracker {
         if self.ranges.is_empty() {
             return Ok(harvested);
         }
-        let mut noting = Noting { views: &self.views, ranges: &self.ranges, into, pages: 0 };
+        let mut noting = Noting::new(&self.views, &self.ranges, into);
         let told = &mut |slot, run| noting.note(slot, run);
         let result = match &mut self.kvm {
             Kvm::Log(log) => log.harvest(told),

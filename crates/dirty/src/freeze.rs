@@ -1,6 +1,9 @@
 //! Proof that nothing writes while soft-dirty bits are read and cleared.
 
-use std::{fs, io};
+use std::{
+    fs, io,
+    time::{Duration, Instant},
+};
 
 use crate::{DirtyError, Target, target::is_gone};
 
@@ -40,7 +43,11 @@ where
     }
 }
 
-/// This process has no thread but the one that harvests, which is looked at each time.
+/// For how long is waited for threads that are ending.
+const ENDING: Duration = Duration::from_secs(1);
+
+/// This process has no thread but the one that harvests, which is looked at each time. A thread that
+/// has been joined may take a moment more to end: it is waited for.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub struct OnlyThread;
 
@@ -50,10 +57,15 @@ impl Freeze for OnlyThread {
         work: &mut dyn FnMut() -> Result<(), DirtyError>,
     ) -> Result<(), DirtyError> {
         let own = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
-        match threads(Target::Own)?.into_iter().find(|&thread| thread != own) {
-            Some(thread) => Err(DirtyError::Running { pid: std::process::id(), thread }),
-            None => work(),
+        let pid = std::process::id();
+        let deadline = Instant::now() + ENDING;
+        while let Some(thread) = threads(Target::Own)?.into_iter().find(|&thread| thread != own) {
+            if !is_ending(pid, thread)? || Instant::now() > deadline {
+                return Err(DirtyError::Running { pid, thread });
+            }
+            std::thread::yield_now();
         }
+        work()
     }
 }
 
@@ -101,17 +113,36 @@ fn threads(target: Target) -> Result<Vec<u32>, DirtyError> {
 
 /// Whether a thread is stopped, or has ended.
 fn is_stopped(pid: u32, thread: u32) -> Result<bool, DirtyError> {
+    match look(pid, thread, state)? {
+        None | Some('T' | 't' | 'Z' | 'X') => Ok(true),
+        Some(_) => Ok(is_frozen(pid, thread)),
+    }
+}
+
+/// Whether a thread is on its way out, from where it does not come back, or has ended.
+fn is_ending(pid: u32, thread: u32) -> Result<bool, DirtyError> {
+    /// `PF_EXITING` of the kernel's `include/linux/sched.h`.
+    const EXITING: u64 = 4;
+    Ok(look(pid, thread, flags)?.is_none_or(|flags| flags & EXITING != 0))
+}
+
+/// What `find` finds in the `stat` file of a thread; `None` if that has ended.
+fn look<T>(pid: u32, thread: u32, find: fn(&str) -> Option<T>) -> Result<Option<T>, DirtyError> {
     let path = format!("/proc/{pid}/task/{thread}/stat");
     let stat = match fs::read_to_string(&path) {
         Ok(stat) => stat,
-        Err(error) if is_gone(&error) => return Ok(true),
+        Err(error) if is_gone(&error) => return Ok(None),
         Err(source) => return Err(DirtyError::Proc { path, source }),
     };
-    match state(&stat) {
-        Some('T' | 't' | 'Z' | 'X') => Ok(true),
-        Some(_) => Ok(is_frozen(pid, thread)),
+    match find(&stat) {
+        Some(found) => Ok(Some(found)),
         None => Err(DirtyError::Proc { path, source: io::ErrorKind::InvalidData.into() }),
     }
+}
+
+/// The kernel's flags of a thread, the ninth field.
+fn flags(stat: &str) -> Option<u64> {
+    stat.rsplit_once(") ")?.1.split(' ').nth(6)?.parse().ok()
 }
 
 /// The state in a `stat` file (`proc_pid_stat(5)`), behind a name that may contain anything.
@@ -143,6 +174,8 @@ mod tests {
         assert_eq!(state("12 (a) b) S 1 2 3"), Some('S'));
         assert_eq!(state("12 (a) T 1"), Some('T'));
         assert_eq!(state("12 (a"), None);
+        assert_eq!(flags("12 (a) b) S 1 2 3 4 5 4194564 7"), Some(4_194_564));
+        assert_eq!(flags("12 (a) S 1 2"), None);
     }
 
     #[test]

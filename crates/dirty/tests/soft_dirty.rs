@@ -193,6 +193,17 @@ fn alone(test: impl FnOnce()) {
     assert_eq!(status, 0, "the child failed");
 }
 
+/// A thread that has been joined may be listed for a moment more.
+#[test]
+fn threads_that_have_been_joined_do_not_count() {
+    alone(|| {
+        for _ in 0..2000 {
+            std::thread::spawn(|| {}).join().unwrap();
+            OnlyThread.while_frozen(&mut || Ok(())).unwrap();
+        }
+    });
+}
+
 #[test]
 fn a_process_of_one_thread_tracks_itself() {
     match SoftDirty::new(Target::Own, OnlyThread) {

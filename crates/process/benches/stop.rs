@@ -1,8 +1,8 @@
 //! For how long a process stands still: `cargo bench -p pageferry-process`. What is timed is what
 //! the process notices, from the moment its first thread may have been stopped.
 //!
-//! The process is this program, run again, with so many threads; eight of a hundred compute without
-//! end, the others sleep most of the time.
+//! The process is this program, run again, with so many threads, of which some compute without end;
+//! the others sleep, and wake a thousand times a second.
 #![allow(missing_docs, reason = "criterion's macros generate undocumented functions")]
 
 use std::{
@@ -17,17 +17,17 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use pageferry_process::{Pid, Process, StopMethod, StopOptions, UserfaultfdRequest};
 use pageferry_uffd::{Features, OpenWay};
 
-/// Says to this program that it is the process, and how many threads it has.
-const CROWD: &str = "PAGEFERRY_BENCH_THREADS";
+/// Say to this program that it is the process, how many threads it has, and how many of them compute.
+const CROWD: [&str; 2] = ["PAGEFERRY_BENCH_THREADS", "PAGEFERRY_BENCH_COMPUTING"];
 
-fn crowd(threads: usize) -> ! {
+fn crowd(threads: usize, computing: usize) -> ! {
     for number in 0..threads {
         thread::spawn(move || {
             loop {
                 (0..1000).for_each(|n| {
                     black_box(n);
                 });
-                if number % 12 != 0 {
+                if number >= computing {
                     thread::sleep(Duration::from_millis(1));
                 }
             }
@@ -43,9 +43,9 @@ fn crowd(threads: usize) -> ! {
 struct Crowd(Child);
 
 impl Crowd {
-    fn start(threads: usize) -> (Self, Process) {
+    fn start(threads: usize, computing: usize) -> (Self, Process) {
         let mut child = Command::new(std::env::current_exe().expect("this program"))
-            .env(CROWD, threads.to_string())
+            .envs(CROWD.into_iter().zip([threads, computing].map(|number| number.to_string())))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -67,14 +67,16 @@ impl Drop for Crowd {
 }
 
 fn stops(criterion: &mut Criterion) {
-    if let Some(threads) = std::env::var_os(CROWD) {
-        crowd(threads.to_str().and_then(|text| text.parse().ok()).expect("a number"));
+    let number = |name| std::env::var(name).ok()?.parse::<usize>().ok();
+    if let [Some(threads), Some(computing)] = CROWD.map(number) {
+        crowd(threads, computing);
     }
     let options = StopOptions::default().method(StopMethod::Ptrace);
-    for threads in [1, 10, 100] {
-        let (_crowd, process) = Crowd::start(threads);
+    for (threads, computing) in [(1, 1), (10, 2), (100, 0), (100, 2), (100, 9)] {
+        let (_crowd, process) = Crowd::start(threads, computing);
         process.check_syscalls().expect("system calls can be made in its name");
-        let mut group = criterion.benchmark_group(format!("{threads} threads"));
+        let mut group =
+            criterion.benchmark_group(format!("{threads} threads, {computing} compute"));
         group.sample_size(20);
         group.bench_function("stop", |bencher| {
             bencher.iter_custom(|rounds| {

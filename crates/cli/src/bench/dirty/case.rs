@@ -137,8 +137,11 @@ impl SplitMix {
 pub(super) trait Contender {
     /// From now on writes are noticed.
     fn arm(&mut self) -> anyhow::Result<()>;
-    /// What was written since, as marks on `found`; writes are noticed again.
+    /// What was written since, as marks on a bitmap, which is `found` or one of its own; writes are
+    /// noticed again.
     fn harvest(&mut self, found: &mut Found) -> anyhow::Result<()>;
+    /// Copies a bitmap of its own to `found`. That is not part of the harvest.
+    fn report(&mut self, _found: &mut Found) {}
     /// Empties a dirty ring that is full: what was in it is for the next harvest.
     fn collect(&mut self) -> anyhow::Result<()> {
         anyhow::bail!("a dirty ring is full that is not this method's")
@@ -158,8 +161,12 @@ impl Found {
     }
 
     pub(super) fn mark(&mut self, first: u64, count: u64) {
-        for page in first..first + count {
-            self.bits[(page / 64) as usize] |= 1 << (page % 64);
+        let (mut page, end) = (first, first + count);
+        while page < end {
+            let low = page % 64;
+            let count = (end - page).min(64 - low);
+            self.bits[(page / 64) as usize] |= (u64::MAX >> (64 - count)) << low;
+            page += count;
         }
     }
 

@@ -282,9 +282,11 @@ fn once(
     let tracked = writer.write(turn + 1, &mut || contender.collect())?;
     found.clear();
     let harvest = timed(&mut || contender.harvest(found))?;
+    contender.report(found);
     check(memory, method, written, found)?;
     found.clear();
     let idle_harvest = timed(&mut || contender.harvest(found))?;
+    contender.report(found);
     anyhow::ensure!(found.count() == 0, "{} pages written by nobody", found.count());
     let peak = case::peak()?;
     contender.disarm()?;

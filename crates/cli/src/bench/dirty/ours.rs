@@ -89,8 +89,12 @@ impl Contender for Ours {
         Ok(self.tracker.arm(&self.ranges)?)
     }
 
-    fn harvest(&mut self, found: &mut Found) -> anyhow::Result<()> {
+    fn harvest(&mut self, _found: &mut Found) -> anyhow::Result<()> {
         self.tracker.harvest(&self.set)?;
+        Ok(())
+    }
+
+    fn report(&mut self, found: &mut Found) {
         self.runs.clear();
         self.set.take_into(&mut self.runs);
         let start = self.ranges[0].range.start();
@@ -98,7 +102,6 @@ impl Contender for Ours {
             let from = run.start().get() - start.get();
             found.mark(from / PAGE as u64, run.len() / PAGE as u64);
         }
-        Ok(())
     }
 
     fn collect(&mut self) -> anyhow::Result<()> {

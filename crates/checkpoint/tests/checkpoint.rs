@@ -273,6 +273,101 @@ fn gone_is_gone() {
     assert!(kept.contains(&b"[stack]".as_slice()) && kept.contains(&b"[heap]".as_slice()));
 }
 
+/// Pages that came after one harvest and went before the next were copied perhaps, and nobody tells
+/// that they are gone.
+#[test]
+fn what_came_and_went_is_not_in_the_chain() {
+    if !can_track(Some(Method::WpAsync)) {
+        return;
+    }
+    let mut target = Target::start("discards");
+    let process = target.process();
+    for _ in 0..3 {
+        let directory = tempfile::tempdir().unwrap();
+        let mut destination = Directory::open(directory.path()).unwrap();
+        let options = Options {
+            rounds: 6,
+            downtime: Default::default(),
+            method: Some(Method::WpAsync),
+            leave_stopped: true,
+            ..Options::default()
+        };
+        checkpoint(&process, &mut destination, &options, &mut silent).unwrap();
+        let chain = verify(directory.path());
+        let pagemap = Pagemap::open(process.pid().as_raw_nonzero().get() as u32).unwrap();
+        let mappings = process.mappings(Detail::Names).unwrap();
+        let large = mappings.iter().find(|mapping| mapping.range.len() == 3 << 30).unwrap();
+        let mut there = 0;
+        for page in 0..512 {
+            let at = HostAddress::new(large.range.start().get() + page * 1000 * 4096);
+            let mut found = [1; 4096];
+            chain.read_at(ImageOffset::new(at.get()), &mut found, Missing::Poison).unwrap();
+            let mut entry = [PagemapEntry::from_bits(0)];
+            pagemap.read_entries(HostRange::new(at, 4096), &mut entry).unwrap();
+            let mut expected = [0; 4096];
+            if entry[0].present() {
+                process.read_memory_exact(at, &mut expected).unwrap();
+            }
+            assert!(found == expected, "page {page}: {:?}", entry[0]);
+            there += u32::from(expected != [0; 4096]);
+        }
+        assert!((32..480).contains(&there), "{there} of 512 are there");
+        process.signal(Signal::CONT).unwrap();
+        target.assert_runs();
+    }
+}
+
+/// A process that starts another program is no longer what was to be saved.
+#[test]
+fn a_process_that_starts_another_program() {
+    if !can_track(None) {
+        return;
+    }
+    let mut target = Target::start("execs");
+    let process = target.process();
+    let directory = tempfile::tempdir().unwrap();
+    let mut destination = Directory::open(directory.path()).unwrap();
+    let mut observe = |event| {
+        if matches!(event, Event::Completed(round) if round.round == 0) {
+            target.tell();
+            pageferry_testing::wait_for("the other program", || {
+                process.check().is_err_and(|error| error.is_gone())
+            });
+        }
+        true
+    };
+    let options = Options { downtime: Default::default(), ..Options::default() };
+    let error = checkpoint(&process, &mut destination, &options, &mut observe).unwrap_err();
+    assert_eq!(error.round, 1, "{error}");
+    assert!(error.to_string().contains("another program"), "{error}");
+    assert!(error.to_string().contains("checkpoint-0000.pfi"), "{error}");
+    verify(directory.path());
+}
+
+/// Nobody can write where there is nothing.
+#[test]
+fn a_directory_that_is_removed() {
+    if !can_track(None) {
+        return;
+    }
+    let mut target = Target::start("writes");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("gone");
+    let mut destination = Directory::open(&path).unwrap();
+    let mut observe = |event| {
+        if matches!(event, Event::Completed(round) if round.round == 1) {
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+        true
+    };
+    let options = Options { downtime: Default::default(), ..Options::default() };
+    let error =
+        checkpoint(&target.process(), &mut destination, &options, &mut observe).unwrap_err();
+    assert!(matches!(error.why, Why::Destination(_)), "{error}");
+    assert!(error.to_string().contains("gone"), "{error}");
+    target.assert_runs();
+}
+
 /// Without room for the next image, the one before stays, and the process goes on.
 #[test]
 fn a_full_disk() {

@@ -3,22 +3,27 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write as _},
+    os::unix::process::CommandExt as _,
     process::{Child, ChildStdout, Command, Stdio},
-    sync::Arc,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use pageferry_memory::{Advice, Mapping, MemoryFile, MemoryFileKind};
 use pageferry_process::{Pid, Process};
 use pageferry_testing::child;
+use pageferry_uffd::{HostAddress, HostRange};
 
 /// What a target does, by the name of its case.
 pub fn run_as_target(case: &str) -> ! {
     match case {
         "writes" => writes(false),
         "maps" => writes(true),
-        "sleeps" => sleeps(),
+        "discards" => discards(),
+        "execs" => execs(),
         other => panic!("{other} is no target"),
     }
 }
@@ -82,14 +87,32 @@ fn writes(and_maps: bool) -> ! {
     }
 }
 
-fn sleeps() -> ! {
-    let memory = Mapping::anonymous(1 << 20).unwrap();
-    memory.write_at(0, b"something").unwrap();
+/// Pages that come and go all the time, in a mapping so large that the tracker does not tell of
+/// each of them.
+fn discards() -> ! {
+    let memory = Mapping::anonymous(3 << 30).unwrap();
+    // A kernel without huge pages does not know the advice.
+    let _ = memory.advise(memory.range(), Advice::NoHugePage);
+    let start = memory.range().start().get();
+    let mut random = pageferry_testing::Random::new(5);
     println!("target ready");
-    let _alive = AtomicBool::new(true);
-    loop {
-        std::thread::park();
+    for turn in 1_u64.. {
+        let page = random.below(512) * 1000;
+        memory.write_at(page * 4096, &turn.to_ne_bytes()).unwrap();
+        let other = HostAddress::new(start + random.below(512) * 1000 * 4096);
+        memory.advise(HostRange::new(other, 4096), Advice::DontNeed).unwrap();
     }
+    unreachable!("it ends with its parent")
+}
+
+/// Starts another program as soon as it is told to, by its standard input.
+fn execs() -> ! {
+    let memory = Mapping::anonymous(64 << 20).unwrap();
+    memory.advise(memory.range(), Advice::PopulateWrite).unwrap();
+    println!("target ready");
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    let error = Command::new("sleep").arg("60").exec();
+    panic!("{error}")
 }
 
 /// A target that runs; killed on drop.
@@ -104,7 +127,7 @@ impl Target {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["target", "--exact", "--nocapture", "--test-threads=1"])
             .env("PAGEFERRY_TEST_CASE", case)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -123,6 +146,11 @@ impl Target {
 
     pub fn process(&self) -> Process {
         Process::open(self.pid()).unwrap()
+    }
+
+    /// Lets it do what it waits for.
+    pub fn tell(&mut self) {
+        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     }
 
     pub fn kill(&mut self) {

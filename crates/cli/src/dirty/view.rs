@@ -82,7 +82,8 @@ pub(super) fn draw(frame: &mut Frame<'_>, heading: &Heading, samples: &Samples, 
 fn name(mapping: &MappingSample) -> String {
     match mapping.name.as_str() {
         "" => format!("{:x} {}", mapping.start, mapping.permissions),
-        name => name.to_owned(),
+        // Of a path the end tells more than the beginning, and there is no room for all of it.
+        path => path.rsplit('/').next().unwrap_or(path).to_owned(),
     }
 }
 
@@ -133,8 +134,9 @@ mod tests {
             name: name.into(),
         };
         let mut samples = Samples::default();
-        let all =
-            || vec![mapping(16, 32, "[heap]"), mapping(64, 64, ""), mapping(256, 32, "/lib/x")];
+        let all = || {
+            vec![mapping(16, 32, "[heap]"), mapping(64, 64, ""), mapping(256, 32, "/lib/libx.so")]
+        };
         let first = 16 << 12..18 << 12;
         samples.add(Duration::from_secs(1), Duration::ZERO, all(), std::slice::from_ref(&first));
         let written = [64 << 12..96 << 12, 16 << 12..17 << 12];
@@ -155,10 +157,10 @@ mod tests {
         assert!(line("worker (42)") < line("wp-async: because"));
         assert!(line("132 KiB/s written") < line("40000 rw-p"));
         assert!(line("40000 rw-p") < line("[heap]"));
-        assert!(line("[heap]") < line("/lib/x"));
+        assert!(line("[heap]") < line("libx.so"));
         let anonymous = screen.lines().nth(line("40000 rw-p")).unwrap();
         assert!(anonymous.contains(&format!("{}{}", "█".repeat(16), "·".repeat(16))), "{screen}");
-        assert!(line("q or Ctrl-C") > line("/lib/x"));
+        assert!(line("q or Ctrl-C") > line("libx.so"));
     }
 
     #[test]

@@ -51,6 +51,11 @@ fn advice(id: &str) -> (&'static str, &'static str) {
         probe::MEMORY_FAULT_INFO => {
             ("an access that KVM cannot resolve comes back without its address", "a newer kernel")
         }
+        probe::REGISTER_EXITS => (
+            "with exits, a clock or the like that a guest sets up while memory is absent may lose \
+             an update; what it set up before it ran is brought first",
+            "Linux 5.10 or later, for KVM_X86_SET_MSR_FILTER; or faults by queue",
+        ),
         probe::DIRTY_RING => (
             "a harvest reads the whole bitmap however little was written",
             "a kernel with CONFIG_HAVE_KVM_DIRTY_RING (5.11 and later on x86-64)",

@@ -11,7 +11,7 @@ use pageferry_paging::{
     Completion, Delivery, Events, InstallMethod, PageSink, PageSource, Pager, Prefetch, SinkError,
     SourceError, Span, Status, Urgency,
 };
-use pageferry_testing::{HugePages, PATIENCE, fill_pattern, userfaultfd, watch, word};
+use pageferry_testing::{HugePages, PATIENCE, fill_pattern, userfaultfd, wait_for, watch, word};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 const MIB: usize = 1 << 20;
@@ -222,7 +222,8 @@ fn guest_memory_over_regions_faults_in_the_guest_view_only() {
     assert_eq!(guest.read_obj::<[u64; 2]>(address).unwrap(), expected);
     assert_eq!(demand(), 2);
     assert_eq!(fill.read_obj::<[u64; 2]>(address).unwrap(), expected, "it is there");
-    assert_eq!(regions[1].page_map().count(State::Present), 2);
+    // Whoever waits for a page goes on before it is published.
+    wait_for("both pages", || regions[1].page_map().count(State::Present) == 2);
     // What has come stays with the VMM.
     drop(pager);
     guest.write_obj(1_u64, address).unwrap();

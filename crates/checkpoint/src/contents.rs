@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use pageferry_image::{ImageMapping, ImageRange, MappingFlags as ImageFlags};
+use pageferry_image::{ImageMapping, MappingFlags as ImageFlags};
 use pageferry_memory::{ImageOffset, PageSize};
 use pageferry_process::{Mapping, MappingFlags, MappingName, Process, ProcessError};
 use pageferry_uffd::{HostAddress, HostRange, Pagemap, PagemapEntry, PagemapError};
@@ -432,18 +432,18 @@ pub(crate) fn taken_of(mappings: &[Mapping], ranges: &[HostRange]) -> Vec<HostRa
 }
 
 /// What of `before` is not in `now` any more. Both are ascending and do not overlap.
-pub(crate) fn lost(before: &[HostRange], now: &[HostRange]) -> Vec<ImageRange> {
+pub(crate) fn lost(before: &[HostRange], now: &[HostRange]) -> Vec<HostRange> {
     let mut lost = Vec::new();
     for range in before {
         let mut at = range.start();
         for kept in clip(now, *range) {
             if at < kept.start() {
-                lost.push(HostRange::new(at, kept.start().get() - at.get()).into());
+                lost.push(HostRange::new(at, kept.start().get() - at.get()));
             }
             at = kept.end();
         }
         if at < range.end() {
-            lost.push(HostRange::new(at, range.end().get() - at.get()).into());
+            lost.push(HostRange::new(at, range.end().get() - at.get()));
         }
     }
     lost
@@ -537,9 +537,7 @@ mod tests {
     fn what_is_gone_is_found() {
         let before = [range(0, 10), range(20, 30), range(40, 41)];
         let now = [range(2, 4), range(6, 25), range(28, 50)];
-        let expected: Vec<ImageRange> =
-            [range(0, 2), range(4, 6), range(25, 28)].map(Into::into).to_vec();
-        assert_eq!(lost(&before, &now), expected);
+        assert_eq!(lost(&before, &now), [range(0, 2), range(4, 6), range(25, 28)]);
         assert_eq!(lost(&now, &now), []);
         assert_eq!(lost(&before, &[]).len(), 3);
     }

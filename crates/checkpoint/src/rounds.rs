@@ -6,7 +6,6 @@ use std::{
 };
 
 use pageferry_dirty::{AttachOptions, Method, ProcessTracker};
-use pageferry_image::ImageRange;
 use pageferry_process::{Detail, Mapping, Process, StopMethod, StopOptions, Stopped};
 use pageferry_uffd::HostRange;
 
@@ -184,22 +183,27 @@ impl Work {
     }
 }
 
+/// What images have contents of, of these mappings.
+fn ranges(mappings: &[Mapping]) -> Vec<HostRange> {
+    let taken = mappings.iter().filter(|mapping| contents::is_taken(mapping));
+    contents::union(taken.map(|mapping| mapping.range).collect())
+}
+
 /// One thing to say in an image.
 enum Part<'a> {
-    Gone(ImageRange),
+    Gone(HostRange),
     Copy(&'a Mapping, HostRange),
 }
 
 /// All that is to be said of a round, by ascending address.
-fn parts(work: &Work, gone: Vec<ImageRange>) -> Vec<Part<'_>> {
+fn parts(work: &Work, gone: Vec<HostRange>) -> Vec<Part<'_>> {
     let taken = work.mappings.iter().filter(|mapping| contents::is_taken(mapping));
     let copies = taken.flat_map(|mapping| {
         contents::clip(&work.changed, mapping.range).map(move |range| Part::Copy(mapping, range))
     });
     let mut parts: Vec<Part<'_>> = gone.into_iter().map(Part::Gone).chain(copies).collect();
     parts.sort_by_key(|part| match part {
-        Part::Gone(range) => range.start().get(),
-        Part::Copy(_, range) => range.start().get(),
+        Part::Gone(range) | Part::Copy(_, range) => range.start(),
     });
     parts
 }
@@ -229,8 +233,13 @@ impl Making<'_> {
                 let stopped = self.process.stop_with(self.options.stop)?;
                 let harvest = tracker.harvest(Some(&stopped))?;
                 let wholesale = contents::taken_of(&harvest.mappings, &harvest.wholesale);
+                // The mappings of a process that runs cannot be listed at one moment: the first
+                // round may have missed some that the tracker knew.
+                let missed = contents::lost(&ranges(&harvest.mappings), &self.taken);
+                let wholesale = contents::union([wholesale, missed.clone()].concat());
                 let wholesale = wholesale.iter().map(|range| range.len()).sum();
-                let changed = [harvest.changed, std::mem::take(&mut self.again)].concat();
+                let again = std::mem::take(&mut self.again);
+                let changed = [harvest.changed, again, missed].concat();
                 let changed = contents::taken_of(&harvest.mappings, &contents::union(changed));
                 let changed = contents::with_aliases(&harvest.mappings, changed);
                 let mut work = Work { mappings: harvest.mappings, changed, wholesale };
@@ -268,8 +277,7 @@ impl Making<'_> {
     /// All that is mapped.
     fn everything(&self) -> Result<Work, Why> {
         let mappings = self.process.mappings(Detail::Full)?;
-        let taken = mappings.iter().filter(|mapping| contents::is_taken(mapping));
-        let changed = contents::union(taken.map(|mapping| mapping.range).collect());
+        let changed = ranges(&mappings);
         Ok(Work { mappings, changed, wholesale: 0 })
     }
 
@@ -340,14 +348,12 @@ impl Making<'_> {
         self.tell(Event::Copying { round, bytes: changed, last })?;
         let mut image =
             destination.begin(self.head(&work, round, last)).map_err(Why::Destination)?;
-        let now: Vec<HostRange> = contents::union(
-            work.mappings.iter().filter(|m| contents::is_taken(m)).map(|m| m.range).collect(),
-        );
+        let now = ranges(&work.mappings);
         let mut reader = Reader::new(self.process, last)?;
         let mut copied = Copied::default();
         for part in parts(&work, contents::lost(&self.taken, &now)) {
             match part {
-                Part::Gone(range) => image.gone(range).map_err(Why::Destination)?,
+                Part::Gone(range) => image.gone(range.into()).map_err(Why::Destination)?,
                 Part::Copy(mapping, range) => {
                     let observe = &mut self.observe;
                     let mut progress = |bytes| observe(Event::Copied { bytes });

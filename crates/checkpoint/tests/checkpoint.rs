@@ -97,6 +97,7 @@ fn it_is_the_memory_at_the_last_stop() {
             if !can_track(method) {
                 continue;
             }
+            println!("{method:?} {case}");
             let mut target = Target::start(case);
             let process = target.process();
             let directory = tempfile::tempdir().unwrap();

@@ -24,6 +24,9 @@ pub fn run_as_target(case: &str) -> ! {
         "maps" => writes(true),
         "discards" => discards(),
         "execs" => execs(),
+        "waits" => loop {
+            std::thread::park();
+        },
         other => panic!("{other} is no target"),
     }
 }
@@ -111,7 +114,11 @@ fn execs() -> ! {
     memory.advise(memory.range(), Advice::PopulateWrite).unwrap();
     println!("target ready");
     std::io::stdin().read_line(&mut String::new()).unwrap();
-    let error = Command::new("sleep").arg("60").exec();
+    // This program once more: there may be no other one.
+    let error = Command::new(std::env::current_exe().unwrap())
+        .args(["target", "--exact", "--nocapture", "--test-threads=1"])
+        .env("PAGEFERRY_TEST_CASE", "waits")
+        .exec();
     panic!("{error}")
 }
 

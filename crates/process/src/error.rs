@@ -70,6 +70,10 @@ impl fmt::Display for Seccomp {
     }
 }
 
+/// What to do with a process in whose name no system call can be made.
+const WITHOUT: &str = "use what takes none (it can be stopped and read; soft-dirty bits tell what it \
+                       writes, if the kernel has them)";
+
 /// Why a process could not be looked at, stopped, or made to do something.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -92,14 +96,14 @@ pub enum ProcessError {
         /// The number.
         pid: Pid,
     },
-    /// The process has no memory of its own: a thread of the kernel, or one that has ended and that
-    /// its parent did not wait for yet.
-    #[error("process {pid} has no memory: it is a thread of the kernel, or a zombie")]
+    /// The process has no memory of its own: it is a thread of the kernel.
+    #[error("process {pid} has no memory: it is a thread of the kernel")]
     Memoryless {
         /// The number.
         pid: Pid,
     },
-    /// The process has ended.
+    /// The process has ended, whether or not its parent has waited for it; or is about to, and has
+    /// no memory any more.
     #[error("process {pid} has ended, {doing}")]
     Ended {
         /// The number it had.
@@ -157,7 +161,10 @@ pub enum ProcessError {
         pid: Pid,
     },
     /// It is confined by seccomp: a system call in its name could kill it.
-    #[error("process {pid}: confined by seccomp ({by}): no system call is made in its name")]
+    #[error(
+        "process {pid} is confined by seccomp ({by}), which may kill it for a system call made in \
+         its name, so none is made: {WITHOUT}, or start it without seccomp"
+    )]
     Confined {
         /// The number.
         pid: Pid,
@@ -166,19 +173,28 @@ pub enum ProcessError {
     },
     /// It handles its own system calls (syscall user dispatch), so one in its name would be a
     /// signal.
-    #[error("process {pid} dispatches its system calls to itself: none is made in its name")]
+    #[error(
+        "process {pid} dispatches its system calls to itself (PR_SET_SYSCALL_USER_DISPATCH), so \
+         none can be made in its name: {WITHOUT}"
+    )]
     Dispatches {
         /// The number.
         pid: Pid,
     },
     /// It is a 32-bit program.
-    #[error("process {pid} is a 32-bit program: no system call is made in its name")]
+    #[error(
+        "process {pid} is a 32-bit program, and system calls are made in the name of 64-bit ones \
+         only: {WITHOUT}"
+    )]
     Bits32 {
         /// The number.
         pid: Pid,
     },
     /// It has no `syscall` instruction that could be used.
-    #[error("process {pid} has no system call instruction in its executable memory")]
+    #[error(
+        "process {pid} has no system call instruction in its executable memory, so none can be \
+         made in its name: {WITHOUT}"
+    )]
     NoInstruction {
         /// The number.
         pid: Pid,

@@ -20,7 +20,7 @@ use crate::{
     Detail, Mapping, ProcessError, StopOptions, Stopped,
     inject::Landing,
     mappings, status,
-    status::{Status, is_dead},
+    status::{Stat, Status},
 };
 
 /// Another process, and the memory that it had when it was opened.
@@ -53,7 +53,8 @@ impl Process {
     ///
     /// [`ProcessError::None`], [`NotProcess`](ProcessError::NotProcess) for the number of a thread,
     /// [`Own`](ProcessError::Own), [`Memoryless`](ProcessError::Memoryless) for threads of the
-    /// kernel and zombies, [`NotPermitted`](ProcessError::NotPermitted).
+    /// kernel, [`Ended`](ProcessError::Ended) also for a zombie,
+    /// [`NotPermitted`](ProcessError::NotPermitted).
     pub fn open(pid: Pid) -> Result<Self, ProcessError> {
         const DOING: &str = "opening its memory";
         if pid == rustix::process::getpid() {
@@ -66,36 +67,33 @@ impl Process {
                 Errno::INVAL | Errno::NOENT => ProcessError::NotProcess { pid },
                 errno => ProcessError::Kernel { pid, doing: "open a pidfd of it", errno },
             })?;
-        let path = match thread_with_memory(pid)? {
-            Some(thread) => status::thread_path(pid, thread, "mem"),
-            None => return Err(ProcessError::Memoryless { pid }),
-        };
-        let memory = match File::open(&path) {
-            Ok(memory) => memory,
-            Err(error) if status::is_gone(&error) => {
-                let lives = thread_with_memory(pid)?.is_some();
-                return Err(if lives {
-                    ProcessError::Memoryless { pid }
-                } else {
-                    ProcessError::Ended { pid, doing: DOING }
-                });
+        let ended = ProcessError::Ended { pid, doing: DOING };
+        // Again where it starts another program just then: that has memory of its own.
+        for _ in 0..TRIES {
+            let opened = status::read_by_thread(pid, "mem", |path| File::open(path));
+            let memory = match opened {
+                Ok(Some(memory)) => memory,
+                Ok(None) => return Err(ended),
+                Err(ProcessError::Proc { source, .. })
+                    if source.kind() == io::ErrorKind::PermissionDenied =>
+                {
+                    return Err(status::refusal(pid, DOING)?);
+                }
+                // A thread of the kernel has none.
+                Err(_) if Stat::of(pid, pid)?.is_some_and(Stat::is_kernel) => break,
+                Err(error) => return Err(error),
+            };
+            // The number meant the process of the descriptor when the memory was opened, if that
+            // process lives still.
+            if !is_alive(&pidfd) {
+                return Err(ended);
             }
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                return Err(status::refusal(pid, DOING)?);
+            if is_somebodys(pid, &memory)? {
+                let landing = OnceLock::new();
+                return Ok(Self { held: Arc::new(Held { pid, pidfd, memory, landing }) });
             }
-            Err(source) => return Err(ProcessError::Proc { pid, path, source }),
-        };
-        let process =
-            Self { held: Arc::new(Held { pid, pidfd, memory, landing: OnceLock::new() }) };
-        // The number meant the process of the descriptor when the memory was opened, if that
-        // process lives still.
-        if !process.is_alive() {
-            return Err(ProcessError::Ended { pid, doing: DOING });
         }
-        if !process.has_its_memory()? {
-            return Err(ProcessError::Memoryless { pid });
-        }
-        Ok(process)
+        Err(ProcessError::Memoryless { pid })
     }
 
     /// Its number.
@@ -107,50 +105,38 @@ impl Process {
     ///
     /// The [descriptor](Self::as_fd) can be polled for the same: it is readable from then on.
     pub fn is_alive(&self) -> bool {
-        let mut fds = [PollFd::new(&self.held.pidfd, PollFlags::IN)];
-        let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-        // A poll that does not wait has no reason to fail but a lack of the kernel's memory, where
-        // it says nothing.
-        loop {
-            match poll(&mut fds, Some(&timeout)) {
-                Ok(ready) => return ready == 0,
-                Err(Errno::INTR | Errno::NOMEM | Errno::AGAIN) => {}
-                Err(_) => return true,
-            }
-        }
+        is_alive(&self.held.pidfd)
     }
 
     /// Finds out whether it lives, and runs the program that it ran when it was opened.
+    ///
+    /// One that is on its way out is gone as soon as it has given up its memory, which may be a
+    /// while before it [has ended](Self::is_alive).
     ///
     /// # Errors
     ///
     /// [`ProcessError::Ended`], [`ProcessError::Replaced`].
     pub fn check(&self) -> Result<(), ProcessError> {
         let pid = self.pid();
+        let ended = ProcessError::Ended { pid, doing: "looking after it" };
         if !self.is_alive() {
-            return Err(ProcessError::Ended { pid, doing: "looking after it" });
+            return Err(ended);
         }
-        if self.has_its_memory()? {
+        if is_somebodys(pid, self.memory())? {
             return Ok(());
         }
-        // Memory goes before the process has ended.
-        if self.is_alive() && thread_with_memory(pid)?.is_some() {
-            return Err(ProcessError::Replaced { pid });
-        }
-        Err(ProcessError::Ended { pid, doing: "looking after it" })
+        // No thread has that memory: each is on its way out, or has that of another program.
+        let has_other = status::a_thread(pid)?.is_some();
+        // Whose thread that was is known only now.
+        Err(if has_other && self.is_alive() { ProcessError::Replaced { pid } } else { ended })
     }
 
-    /// Whether the memory that was opened is still somebody's.
-    fn has_its_memory(&self) -> Result<bool, ProcessError> {
-        // Where memory is gone the kernel reads nothing; where it is not, address 0 is mostly not
-        // mapped.
-        match rustix::io::retry_on_intr(|| rustix::io::pread(&self.held.memory, &mut [0_u8], 0)) {
-            Ok(0) => Ok(false),
-            Ok(_) | Err(Errno::IO | Errno::FAULT) => Ok(true),
-            Err(errno) => {
-                let doing = "look whether its memory is there";
-                Err(ProcessError::Kernel { pid: self.pid(), doing, errno })
-            }
+    /// What an error is of, if the process is gone.
+    pub(crate) fn confirm(&self, error: ProcessError) -> ProcessError {
+        match self.check() {
+            Err(replaced @ ProcessError::Replaced { .. }) => replaced,
+            Err(gone) if gone.is_gone() && !error.is_gone() => gone,
+            _ => error,
         }
     }
 
@@ -177,22 +163,18 @@ impl Process {
     /// [`ProcessError::Ended`], [`Replaced`](ProcessError::Replaced), or `/proc` cannot be read.
     pub fn mappings(&self, detail: Detail) -> Result<Vec<Mapping>, ProcessError> {
         let pid = self.pid();
-        let ended = || ProcessError::Ended { pid, doing: "reading its mappings" };
         let file = match detail {
             Detail::Names => "maps",
             Detail::Full => "smaps",
         };
-        let thread = thread_with_memory(pid)?.ok_or_else(ended)?;
-        let path = status::thread_path(pid, thread, file);
-        let bytes = status::read(pid, path.clone())?.ok_or_else(ended)?;
+        let bytes = status::read_by_thread(pid, file, |path| std::fs::read(path));
+        // Before what may have been read of other memory is looked at.
         self.check()?;
-        if bytes.is_empty() {
-            // Its memory is given up before it is gone.
-            return Err(ended());
-        }
+        let ended = ProcessError::Ended { pid, doing: "reading its mappings" };
+        let bytes = bytes?.ok_or(ended)?;
         mappings::parse(&bytes).map_err(|text| ProcessError::NotUnderstood {
             pid,
-            path,
+            path: status::path(pid, file),
             expected: "a mapping",
             text,
         })
@@ -219,11 +201,13 @@ impl Process {
     /// [`ProcessError::Confined`], [`Bits32`](ProcessError::Bits32),
     /// [`AlreadyTraced`](ProcessError::AlreadyTraced), or what it takes cannot be read.
     pub fn check_syscalls(&self) -> Result<(), ProcessError> {
-        let pid = self.pid();
         self.check()?;
-        let ended = || ProcessError::Ended { pid, doing: "reading its status" };
-        let thread = thread_with_memory(pid)?.ok_or_else(ended)?;
-        let status = Status::of(pid, thread)?.ok_or_else(ended)?;
+        self.look_for_syscalls().map_err(|error| self.confirm(error))
+    }
+
+    fn look_for_syscalls(&self) -> Result<(), ProcessError> {
+        let pid = self.pid();
+        let status = Status::of_any(pid)?;
         if let Some(by) = status.seccomp()? {
             return Err(ProcessError::Confined { pid, by });
         }
@@ -231,25 +215,23 @@ impl Process {
         if tracer != 0 {
             return Err(ProcessError::AlreadyTraced { pid, tracer });
         }
-        if self.is_32_bit(thread)? {
+        if self.is_32_bit()? {
             return Err(ProcessError::Bits32 { pid });
         }
         self.landing().map(drop)
     }
 
     /// Whether the program is a 32-bit one, by the class of its file (`EI_CLASS`).
-    fn is_32_bit(&self, thread: Pid) -> Result<bool, ProcessError> {
+    fn is_32_bit(&self) -> Result<bool, ProcessError> {
         const CLASS_32: u8 = 1;
         let pid = self.pid();
-        let path = status::thread_path(pid, thread, "exe");
-        let mut start = [0; 5];
-        match File::open(&path).and_then(|file| file.read_exact_at(&mut start, 0)) {
-            Ok(()) => Ok(start == [0x7f, b'E', b'L', b'F', CLASS_32]),
-            Err(error) if status::is_gone(&error) => {
-                Err(ProcessError::Ended { pid, doing: "reading the head of its program" })
-            }
-            Err(source) => Err(ProcessError::Proc { pid, path, source }),
-        }
+        let start = status::read_by_thread(pid, "exe", |path| {
+            let mut start = [0; 5];
+            File::open(path)?.read_exact_at(&mut start, 0)?;
+            Ok(start)
+        });
+        let ended = ProcessError::Ended { pid, doing: "reading the head of its program" };
+        Ok(start?.ok_or(ended)? == [0x7f, b'E', b'L', b'F', CLASS_32])
     }
 
     /// Stops it, in the way and time of [`StopOptions::default`].
@@ -295,17 +277,33 @@ impl AsFd for Process {
     }
 }
 
-/// A thread that has not ended: the first one, or, where that has ended before the others, another.
-/// `None` when all have.
-fn thread_with_memory(pid: Pid) -> Result<Option<Pid>, ProcessError> {
-    let lives = |thread| Ok(status::state(pid, thread)?.is_some_and(|state| !is_dead(state)));
-    if lives(pid)? {
-        return Ok(Some(pid));
-    }
-    for thread in status::threads(pid)? {
-        if lives(thread)? {
-            return Ok(Some(thread));
+/// How often is tried to open the memory of a process that starts one program after the other.
+const TRIES: usize = 100;
+
+fn is_alive(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    // A poll that does not wait has no reason to fail but a lack of the kernel's memory, where it
+    // says nothing.
+    loop {
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(ready) => return ready == 0,
+            Err(Errno::INTR | Errno::NOMEM | Errno::AGAIN) => {}
+            Err(_) => return true,
         }
     }
-    Ok(None)
+}
+
+/// Whether memory that was opened is still that of a process.
+fn is_somebodys(pid: Pid, memory: &File) -> Result<bool, ProcessError> {
+    // Where memory is gone the kernel reads nothing; where it is not, address 0 is mostly not
+    // mapped.
+    match rustix::io::retry_on_intr(|| rustix::io::pread(memory, &mut [0_u8], 0)) {
+        Ok(0) => Ok(false),
+        Ok(_) | Err(Errno::IO | Errno::FAULT) => Ok(true),
+        Err(errno) => {
+            let doing = "look whether its memory is there";
+            Err(ProcessError::Kernel { pid, doing, errno })
+        }
+    }
 }

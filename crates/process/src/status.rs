@@ -2,7 +2,10 @@
 //!
 //! Source: `Documentation/filesystems/proc.rst`.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use rustix::{io::Errno, process::Pid};
 
@@ -63,19 +66,97 @@ pub(crate) fn threads(pid: Pid) -> Result<Vec<Pid>, ProcessError> {
     Ok(threads)
 }
 
+/// `/proc/PID/stat` of a thread.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Stat {
+    /// Its state, the letter.
+    pub(crate) state: char,
+    /// `PF_…`.
+    flags: u64,
+}
+
+impl Stat {
+    /// Of a thread; `None` when it has ended.
+    pub(crate) fn of(pid: Pid, thread: Pid) -> Result<Option<Self>, ProcessError> {
+        let path = thread_path(pid, thread, "stat");
+        let Some(bytes) = read(pid, path.clone())? else { return Ok(None) };
+        let text = String::from_utf8_lossy(&bytes);
+        Self::parse(&text).map(Some).ok_or_else(|| ProcessError::NotUnderstood {
+            pid,
+            path,
+            expected: "the state and flags of a thread",
+            text: text.into_owned(),
+        })
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        // The name of the program stands before, in parentheses, and may contain anything.
+        let mut fields = text.rsplit_once(") ")?.1.split(' ');
+        let state = fields.next()?.chars().next()?;
+        // After the numbers of its parent, group, session and terminal, and of that's group.
+        let flags = fields.nth(5)?.parse().ok()?;
+        Some(Self { state, flags })
+    }
+
+    /// Whether it executes no instruction of its program any more: it has ended, or is on its way
+    /// out in the kernel, where it gives up its memory first of all.
+    pub(crate) fn is_over(self) -> bool {
+        const EXITING: u64 = 1 << 2;
+        is_dead(self.state) || self.flags & EXITING != 0
+    }
+
+    /// Whether it is the kernel's own.
+    pub(crate) fn is_kernel(self) -> bool {
+        const KERNEL_THREAD: u64 = 1 << 21;
+        self.flags & KERNEL_THREAD != 0
+    }
+}
+
 /// The state of a thread, the letter of `/proc/PID/stat`; `None` when it has ended.
 pub(crate) fn state(pid: Pid, thread: Pid) -> Result<Option<char>, ProcessError> {
-    let path = thread_path(pid, thread, "stat");
-    let Some(bytes) = read(pid, path.clone())? else { return Ok(None) };
-    let text = String::from_utf8_lossy(&bytes);
-    // The name of the program stands before it, in parentheses, and may contain anything.
-    let state = text.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    state.map(Some).ok_or_else(|| ProcessError::NotUnderstood {
-        pid,
-        path,
-        expected: "the state of a thread",
-        text: text.into_owned(),
-    })
+    Ok(Stat::of(pid, thread)?.map(|stat| stat.state))
+}
+
+/// Whether a thread has ended, or is about to.
+pub(crate) fn is_over(pid: Pid, thread: Pid) -> Result<bool, ProcessError> {
+    Ok(Stat::of(pid, thread)?.is_none_or(Stat::is_over))
+}
+
+/// A thread that is neither over nor about to be, so that it has memory: the first one, or, where
+/// that has ended before the others, another. `None` when all are.
+pub(crate) fn a_thread(pid: Pid) -> Result<Option<Pid>, ProcessError> {
+    // A thread that starts another program takes over the number of the first one, which may have
+    // been looked at by then, and gives its own up, which may be yet to be looked at.
+    for _ in 0..2 {
+        for thread in std::iter::once(pid).chain(threads(pid)?) {
+            if !is_over(pid, thread)? {
+                return Ok(Some(thread));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Reads something of a process by the path of one of its threads; `None` when it has no thread
+/// any more of which it could be read.
+///
+/// The kernel answers in many ways when a thread has ended, or gives up its memory just then: no
+/// such file, no such process, access denied, nothing. None of them counts for a thread of which
+/// one then sees that it is over.
+pub(crate) fn read_by_thread<R>(
+    pid: Pid,
+    file: &str,
+    read: impl Fn(&Path) -> io::Result<R>,
+) -> Result<Option<R>, ProcessError> {
+    while let Some(thread) = a_thread(pid)? {
+        let path = thread_path(pid, thread, file);
+        let result = read(&path);
+        if is_over(pid, thread)? {
+            continue;
+        }
+        return result.map(Some).map_err(|source| ProcessError::Proc { pid, path, source });
+    }
+    Ok(None)
 }
 
 /// Whether a thread with this state executes no instruction any more, and has no memory.
@@ -100,6 +181,14 @@ impl Status {
             path,
             text: String::from_utf8_lossy(&bytes).into_owned(),
         }))
+    }
+
+    /// Of a thread that is not over.
+    pub(crate) fn of_any(pid: Pid) -> Result<Self, ProcessError> {
+        let text = read_by_thread(pid, "status", |path| std::fs::read(path))?;
+        let text = text.ok_or(ProcessError::Ended { pid, doing: "reading its status" })?;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        Ok(Self { pid, path: path(pid, "status"), text })
     }
 
     fn line(&self, key: &str) -> Option<&str> {
@@ -220,6 +309,22 @@ mod tests {
         if !std::path::Path::new("/proc/sys/kernel/yama").exists() {
             assert_eq!(missing(&status(user), &status(user)), Missing::Undumpable);
             assert_eq!(missing(&status(user), &status(root)), Missing::Elsewhere);
+        }
+    }
+
+    #[test]
+    fn states_and_flags_stand_behind_the_name() {
+        for (text, state, is_over, is_kernel) in [
+            ("7 (sh) S 1 7 7 34816 7 4194304 9", 'S', false, false),
+            ("7 (a) Z 1 (b) R 1 7 7 0 -1 4194308 9", 'R', true, false),
+            ("7 (gone) Z 1 7 7 0 -1 0 9", 'Z', true, false),
+            ("2 (kthreadd) S 0 0 0 0 -1 2129984 0", 'S', false, true),
+        ] {
+            let stat = Stat::parse(text).unwrap();
+            assert_eq!((stat.state, stat.is_over(), stat.is_kernel()), (state, is_over, is_kernel));
+        }
+        for text in ["", "7 (sh", "7 (sh) ", "7 (sh) S 1 7 7 34816 7", "7 (sh) S 1 7 7 0 7 x 9"] {
+            assert_eq!(Stat::parse(text), None, "{text}");
         }
     }
 

@@ -78,7 +78,8 @@ impl Stopped<'_> {
         let pid = self.process().pid();
         let mut attempts = Vec::new();
         for &way in &request.ways {
-            match self.open_by(way, request)? {
+            let opened = self.open_by(way, request);
+            match opened.map_err(|error| self.process().confirm(error))? {
                 Ok(opened) => return Ok(opened),
                 Err(obstacle) => attempts.push(Attempt { way, obstacle }),
             }

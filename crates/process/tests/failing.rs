@@ -4,14 +4,13 @@ mod common;
 
 use std::{
     os::unix::process::CommandExt,
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use common::{
-    Group, Target, again, count, count_slowly, counters_address, end_with_parent, expect_counting,
-    expect_still, listen, tell,
+    Group, Held as _, Target, again, count, count_slowly, counters_address, end_with_parent,
+    expect_counting, expect_still, listen, tell,
 };
 use pageferry_process::{
     Detail, Missing, Pid, Process, ProcessError, StopMethod, StopOptions, UserfaultfdRequest,
@@ -40,6 +39,11 @@ fn do_all(process: &Process, method: StopMethod) -> Result<(), ProcessError> {
     }
     stopped.resume()?;
     Ok(())
+}
+
+/// Whether it is said that the process has ended, and nothing else.
+fn is_end(error: &ProcessError) -> bool {
+    matches!(error, ProcessError::Ended { .. })
 }
 
 /// In a child: a busy thread and some that wait.
@@ -75,7 +79,7 @@ fn killed_at_any_step() {
         let result = (0..50).try_for_each(|_| do_all(&process, StopMethod::Ptrace));
         killer.join().unwrap();
         if let Err(error) = result {
-            assert!(error.is_gone(), "round {round}: {error}");
+            assert!(is_end(&error), "round {round}: {error}");
             ended += 1;
         }
         // The parent is told as if nobody had traced it.
@@ -107,8 +111,7 @@ fn ends_at_any_step() {
             Ok(never) => never,
             Err(error) => error,
         };
-        let fine = error.is_gone() || matches!(error, ProcessError::Memoryless { .. });
-        assert!(fine, "round {round}: {error}");
+        assert!(is_end(&error), "round {round}: {error}");
         assert_eq!(target.end(), 7, "round {round}");
     }
 }
@@ -149,19 +152,17 @@ fn starts_another_program_at_any_step() {
             Process::open(target_pid).and_then(|process| do_all(&process, StopMethod::Ptrace));
         match result {
             Ok(()) => done += 1,
-            Err(error @ (ProcessError::Replaced { .. } | ProcessError::Ended { .. })) => {
-                assert!(error.is_gone());
-                replaced += 1;
-            }
+            Err(ProcessError::Replaced { .. }) => replaced += 1,
             // Between two programs, when nothing of the second is mapped yet.
-            Err(ProcessError::Memoryless { .. } | ProcessError::NoInstruction { .. }) => {}
+            Err(ProcessError::NoInstruction { .. }) => {}
             Err(error) => panic!("{error}"),
         }
     }
     let (target, line) = ended.join().unwrap();
     assert_eq!(line, "enough");
     println!("{done} times done, {replaced} times replaced");
-    assert!(done > 0);
+    // On a slow machine it may never stay one program for as long as all that takes.
+    assert!(done + replaced > 0);
     do_all(&target.process(), StopMethod::Ptrace).unwrap();
 }
 
@@ -240,7 +241,7 @@ fn it_goes_on_when_its_tracker_is_killed() {
         None => {}
     }
     let group = Group::new(ME);
-    let target = Target::start_alone_in(group.as_ref(), ME, "run");
+    let target = common::start_alone_in(group.as_ref(), ME, "run");
     let address = target.hear().parse().unwrap();
     let process = target.process();
     for what in ["ptrace", "freeze"] {
@@ -354,6 +355,7 @@ fn it_has_one_tracer() {
 #[test]
 fn what_permission_is_missing_is_said() {
     const ME: &str = "what_permission_is_missing_is_said";
+    const NOBODY: u32 = 65_534;
     match child::case() {
         Some(case) if case == "run" => {
             some_threads();
@@ -361,7 +363,14 @@ fn what_permission_is_missing_is_said() {
             listen();
             std::process::exit(0);
         }
-        Some(case) => track(&case),
+        Some(case) => {
+            // SAFETY: they take numbers only.
+            let changed = unsafe {
+                (libc::setresgid(NOBODY, NOBODY, NOBODY), libc::setresuid(NOBODY, NOBODY, NOBODY))
+            };
+            assert_eq!(changed, (0, 0));
+            track(&case)
+        }
         None => {}
     }
     if !rustix::process::geteuid().is_root() {
@@ -370,23 +379,9 @@ fn what_permission_is_missing_is_said() {
     }
     let target = Target::start(ME, "run");
     assert_eq!(target.hear(), "running");
-    // A copy of this program where every user may run it.
-    let directory = tempfile::tempdir_in("/var/tmp").unwrap();
-    let program = directory.path().join("program");
-    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(directory.path(), all).unwrap();
-    let mut command = again(ME, &format!("ptrace {}", target.pid()));
-    let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
-    let mut other = Command::new(&program);
-    other.args(arguments);
-    for (key, value) in command.env("RUST_BACKTRACE", "0").get_envs() {
-        other.env(key, value.unwrap());
-    }
-    other.uid(65_534).gid(65_534).current_dir("/");
-    let tracker = Target::spawn(&mut other);
+    let tracker = Target::start(ME, &format!("other {}", target.pid()));
     let heard = tracker.hear();
-    let missing = format!("{:?}", Missing::OtherUser { theirs: 0, ours: 65_534 });
+    let missing = format!("{:?}", Missing::OtherUser { theirs: 0, ours: NOBODY });
     assert!(heard.starts_with("refused NotPermitted"), "{heard}");
     assert!(heard.contains(&missing), "{heard}");
 }

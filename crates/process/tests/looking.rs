@@ -2,9 +2,9 @@
 
 mod common;
 
-use std::{process::Command, thread};
+use std::thread;
 
-use common::{Target, end_with_parent, listen, tell};
+use common::{Held as _, Target, end_with_parent, listen, tell};
 use pageferry_process::{
     Detail, Mapping, MappingFlags, MappingName, NotTaken, Pid, Process, ProcessError,
 };
@@ -24,11 +24,11 @@ fn what_is_no_other_process() {
     let (tid, error) = thread.join().unwrap();
     assert!(matches!(error, ProcessError::NotProcess { pid } if pid == tid), "{error}");
 
-    let mut command = Command::new("/bin/true").spawn().unwrap();
+    let mut command = common::nothing().spawn().unwrap();
     let pid = Pid::from_child(&command);
     let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     wait_for("it to end", || stat().contains(") Z "));
-    assert!(matches!(open(pid), ProcessError::Memoryless { .. }), "{}", open(pid));
+    assert!(matches!(open(pid), ProcessError::Ended { .. }), "{}", open(pid));
     command.wait().unwrap();
     assert!(matches!(open(pid), ProcessError::None { .. }));
 

@@ -9,8 +9,8 @@ use std::{
 };
 
 use common::{
-    Group, Target, count, count_slowly, counters_address, end_with_parent, expect_counting,
-    expect_still, listen, tell,
+    Group, Held as _, Target, count, count_slowly, counters_address, end_with_parent,
+    expect_counting, expect_still, listen, tell,
 };
 use pageferry_process::{
     Pid, Process, ProcessError, Signal, StopMethod, StopOptions, UserfaultfdRequest,
@@ -43,7 +43,7 @@ fn crowd(threads: usize) -> ! {
 /// A child with such a crowd, in a group of its own if there can be one; and where it counts.
 fn start_crowd(test: &str, threads: usize) -> (Target, Process, u64, Option<Group>) {
     let group = Group::new(&format!("{test}-{threads}"));
-    let target = Target::start_alone_in(group.as_ref(), test, &threads.to_string());
+    let target = common::start_alone_in(group.as_ref(), test, &threads.to_string());
     let address = target.hear().parse().unwrap();
     let process = target.process();
     expect_counting(&process, address, threads);
@@ -173,7 +173,7 @@ fn waiting_threads_wait_on() {
     let group = Group::new(ME);
     let methods = if group.is_some() { &BOTH[..] } else { &PTRACE };
     for &method in methods {
-        let mut target = Target::start_alone_in(group.as_ref(), ME, "wait");
+        let mut target = common::start_alone_in(group.as_ref(), ME, "wait");
         assert_eq!(target.hear(), "waiting");
         let process = target.process();
         for _ in 0..20 {
@@ -272,7 +272,7 @@ fn children_are_left_alone() {
         let running = run.clone();
         let forks = thread::spawn(move || {
             while running.load(std::sync::atomic::Ordering::Relaxed) {
-                let status = std::process::Command::new("/bin/true").status().unwrap();
+                let status = common::nothing().status().unwrap();
                 assert!(status.success(), "{status}");
                 good += 1;
             }
@@ -366,7 +366,7 @@ fn groups_with_others_in_them_are_not_frozen() {
     }
     let (_target, process, address, group) = start_crowd(ME, 2);
     let Some(group) = group else { return };
-    let other = Target::start_alone_in(Some(&group), ME, "1");
+    let other = common::start_alone_in(Some(&group), ME, "1");
     assert!(!other.hear().is_empty());
     let error = process.stop_with(by(StopMethod::ControlGroup)).unwrap_err();
     assert!(matches!(error, ProcessError::NoOwnGroup { .. }), "{error}");

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use common::{Target, end_with_parent, listen, tell};
+use common::{Held as _, Target, end_with_parent, listen, tell};
 use pageferry_process::{
     Pid, Process, ProcessError, StopMethod, StopOptions, Stopped, UserfaultfdRequest,
 };

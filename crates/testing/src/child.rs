@@ -17,7 +17,7 @@ use rustix::process::Signal;
 use crate::PATIENCE;
 
 /// The variable that tells a child its case.
-const CASE: &str = "PAGEFERRY_TEST_CASE";
+pub(crate) const CASE: &str = "PAGEFERRY_TEST_CASE";
 /// What the child prints when it has come to the step that is tested.
 const REACHED: &str = "reached the step under test";
 

@@ -8,7 +8,8 @@
 //! * [`layout`] and [`layout_of`] make memory, [`peek`] and [`poke`] access it as a guest does;
 //!   [`OwnMemory`] is an image that cannot be read everywhere.
 //! * [`wait_for`], [`watch`] and [`fail`] end a process in which a thread waits in vain for a page.
-//!   [`child`] runs a test in a process of its own, which is to die.
+//!   [`child`] runs a test in a process of its own, which is to die; [`target`] in one that is to be
+//!   looked at.
 //!
 //! It knows the crates `uffd` and `memory` and none that uses them, so that every other one can use
 //! it. Its functions panic where a test has to fail: that is all their errors.
@@ -23,6 +24,8 @@ mod host;
 mod own_memory;
 mod patience;
 mod random;
+#[allow(unsafe_code)]
+pub mod target;
 
 pub use contents::{fill_pattern, page, verify_all, word};
 pub use guest::{HUGE, PAGE, REGION, RegionShape, layout, layout_of, peek, poke};

@@ -68,7 +68,6 @@ impl Landing {
     /// Looks through the code of a process.
     pub(crate) fn find(process: &Process) -> Result<Self, ProcessError> {
         let pid = process.pid();
-        let doing = "looking for system calls in its code";
         let mut found = Found::default();
         let mut code: Vec<Mapping> = process.mappings(Detail::Names)?;
         code.retain(|mapping| mapping.permissions.execute && mapping.permissions.read);
@@ -98,8 +97,7 @@ impl Landing {
             }
         }
         process.check()?;
-        let status =
-            Status::of(pid, process.threads()?[0])?.ok_or(ProcessError::Ended { pid, doing })?;
+        let status = Status::of_any(pid)?;
         match (found.syscall_ret, found.sigreturn, found.syscall) {
             // With a shadow stack nothing can return to where it was not called from.
             (Some(syscall), Some((sigreturn, encoding)), _) if !status.has_shadow_stack() => {

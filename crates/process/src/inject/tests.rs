@@ -1,6 +1,9 @@
 //! What is restored is compared byte by byte, by the means that restored it.
 
-use std::process::{Command, Stdio};
+use pageferry_testing::{
+    child,
+    target::{self, Target},
+};
 
 use super::*;
 use crate::{Process, StopMethod, StopOptions};
@@ -36,40 +39,44 @@ fn everything(session: &Session) -> Everything {
 
 #[test]
 fn every_byte_is_restored() {
-    // One that waits in a system call, with no input; and one that computes.
-    for (program, arguments) in [("cat", &[][..]), ("sh", &["-c", "while :; do :; done"])] {
-        let mut child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let process = Process::open(Pid::from_child(&child)).unwrap();
+    const ME: &str = "inject::tests::every_byte_is_restored";
+    if let Some(case) = child::case() {
+        target::alone();
+        target::tell("here");
+        if case == "computes" {
+            loop {
+                std::hint::spin_loop();
+            }
+        }
+        target::listen();
+        std::process::exit(0);
+    }
+    for case in ["waits in a system call", "computes"] {
+        let target = Target::start_alone(ME, case);
+        assert_eq!(target.hear(), "here");
+        let pid = target.pid();
+        let process = Process::open(pid).unwrap();
         let mut ways = Vec::new();
         for round in 0..20 {
             let options =
                 StopOptions::default().method(StopMethod::Ptrace).patience(Duration::from_secs(30));
             let mut stopped = process.stop_with(options).unwrap();
-            // It may be starting still, with libraries to come.
-            let Ok(landing) = process.landing() else { continue };
+            let landing = process.landing().unwrap();
             ways.push(landing.way_back().is_some());
             let equal = stopped.session(move |session| {
                 let before = everything(session);
-                let number = libc::SYS_getppid.cast_unsigned();
+                let number = libc::SYS_getpid.cast_unsigned();
                 assert_eq!(
                     session.syscall(number, [round; 6]).unwrap(),
-                    Ok(u64::from(std::process::id()))
+                    Ok(u64::from(pid.as_raw_pid().cast_unsigned()))
                 );
                 let after = everything(session);
                 assert_eq!(before.registers, after.registers);
                 before == after
             });
-            assert!(equal.unwrap(), "{program}, {round}");
+            assert!(equal.unwrap(), "{case}, {round}");
         }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(!ways.is_empty(), "{program}");
-        println!("{program}: {ways:?}");
+        println!("{case}: {ways:?}");
     }
 }
 

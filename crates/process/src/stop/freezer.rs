@@ -126,10 +126,12 @@ impl Freezer {
         Ok(())
     }
 
-    /// Lets the process go on.
-    pub(super) fn thaw(mut self) -> Result<(), ProcessError> {
+    /// Lets the process go on; answers with since when it may.
+    pub(super) fn thaw(mut self) -> Result<Instant, ProcessError> {
         self.group.set_frozen(false)?;
-        self.dismiss()
+        let until = Instant::now();
+        self.dismiss()?;
+        Ok(until)
     }
 
     /// Leaves it frozen.

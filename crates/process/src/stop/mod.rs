@@ -2,6 +2,7 @@
 
 mod freezer;
 pub(crate) mod group;
+mod precedence;
 mod session;
 mod tracer;
 
@@ -22,6 +23,11 @@ pub enum StopMethod {
     Auto,
     /// By ptrace(2): each thread is interrupted. Should this process die, the kernel lets the other
     /// one go on at that moment. System calls can be made in its name.
+    ///
+    /// That is done by a thread of its own. Where this process may (`CAP_SYS_NICE`,
+    /// `RLIMIT_RTPRIO`), that thread is scheduled as a real-time one, before those that it is about
+    /// to interrupt or to let go, for as long as it waits for none of them. No other thread of
+    /// either process is ever scheduled in another way than it was.
     Ptrace,
     /// By the freezer of version 2 of control groups, for which the process must be alone in its
     /// group. The group stays frozen when this process dies, so a shell waits beside it, as a
@@ -105,7 +111,8 @@ impl<'a> Stopped<'a> {
                 Err(ProcessError::NoOwnGroup { .. }) => traced(),
                 other => other,
             },
-        }?;
+        }
+        .map_err(|error| process.confirm(error))?;
         let stopped = Self { process, hold, since };
         // It may have started another program when it was about to be stopped.
         process.check()?;
@@ -130,17 +137,18 @@ impl<'a> Stopped<'a> {
         self.since
     }
 
-    /// Lets the process go on; answers with how long a thread of it may have been stopped.
+    /// Lets the process go on; answers with how long a thread of it may have been stopped: from
+    /// when the first was about to be until the last was let go, be it given a CPU then or not.
     ///
     /// # Errors
     ///
     /// Its control group cannot be thawed. What ptrace has stopped goes on in any case.
     pub fn resume(self) -> Result<Duration, ProcessError> {
-        match self.hold {
+        let until = match self.hold {
             Hold::Traced(tracer) => tracer.release(),
             Hold::Frozen(freezer) => freezer.thaw()?,
-        }
-        Ok(self.since.elapsed())
+        };
+        Ok(until.duration_since(self.since))
     }
 
     /// Gives the process up without letting it go on: it stays stopped, after the end of this
@@ -200,7 +208,8 @@ impl<'a> Stopped<'a> {
         number: u64,
         arguments: [u64; 6],
     ) -> Result<Result<u64, Errno>, ProcessError> {
-        self.session(move |session| session.syscall(number, arguments))?
+        let answer = self.session(move |session| session.syscall(number, arguments))?;
+        answer.map_err(|error| self.process.confirm(error))
     }
 
     /// Does something by the thread that traces the process.

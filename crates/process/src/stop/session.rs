@@ -10,7 +10,7 @@ use rustix::{
     process::{Pid, Signal},
 };
 
-use super::tracer::Seized;
+use super::{precedence::Precedence, tracer::Seized};
 use crate::{
     Process, ProcessError,
     status::{self, Status, is_dead},
@@ -34,6 +34,14 @@ struct Tracee {
     state: State,
     /// It was made by a thread that was attached to already, and may not be of the process.
     adopted: bool,
+    /// It was stopped outside of system calls.
+    computes: bool,
+}
+
+impl Tracee {
+    fn new(thread: Pid, state: State, adopted: bool) -> Self {
+        Self { thread, state, adopted, computes: false }
+    }
 }
 
 /// A process that is being traced, in the hands of the thread that traces it.
@@ -41,6 +49,7 @@ struct Tracee {
 pub(crate) struct Session {
     process: Process,
     seized: Seized,
+    precedence: Precedence,
     tracees: Vec<Tracee>,
     /// When the first thread may have stopped.
     since: Option<Instant>,
@@ -82,8 +91,10 @@ impl Patience {
 }
 
 impl Session {
+    /// Of the calling thread, which was made for it.
     pub(super) fn new(process: &Process, seized: Seized) -> Self {
-        Self { process: process.clone(), seized, tracees: Vec::new(), since: None }
+        let precedence = Precedence::take();
+        Self { process: process.clone(), seized, precedence, tracees: Vec::new(), since: None }
     }
 
     pub(crate) fn process(&self) -> &Process {
@@ -123,8 +134,6 @@ impl Session {
         // A thread that nobody knows of can only have been made by one that was not stopped when
         // the list was read: when all in it are known, and were stopped before, it is complete.
         while !(self.seize()? && self.verify()?) {
-            // Attaching alone stops none but those that make threads.
-            self.since.get_or_insert_with(Instant::now);
             self.interrupt_all()?;
             self.settle(deadline, patience)?;
             if !wait.wait() {
@@ -164,7 +173,7 @@ impl Session {
             }
             fresh = true;
             self.seized.add(thread);
-            self.tracees.push(Tracee { thread, state: State::Seized, adopted: false });
+            self.tracees.push(Tracee::new(thread, State::Seized, false));
         }
         if fresh {
             return Ok(false);
@@ -213,9 +222,12 @@ impl Session {
                 self.note(thread, change)?;
                 return Ok(false);
             }
-            if !self.let_restart(thread)? {
-                self.tracees[index].state = State::Seized;
-                verified = false;
+            match self.let_restart(thread)? {
+                Some(computes) => self.tracees[index].computes = computes,
+                None => {
+                    self.tracees[index].state = State::Seized;
+                    verified = false;
+                }
             }
         }
         Ok(verified)
@@ -227,8 +239,14 @@ impl Session {
 
     fn interrupt_all(&mut self) -> Result<(), ProcessError> {
         let seized = self.tracees.iter().filter(|tracee| tracee.state == State::Seized);
-        for thread in seized.map(|tracee| tracee.thread).collect::<Vec<_>>() {
-            if self.interrupt(thread)? {
+        let threads: Vec<_> = seized.map(|tracee| tracee.thread).collect();
+        // Attaching alone stops none but those that make threads.
+        self.since.get_or_insert_with(Instant::now);
+        let results = self
+            .precedence
+            .first(|| threads.iter().map(|&thread| ptrace::interrupt(thread)).collect::<Vec<_>>());
+        for (thread, result) in threads.into_iter().zip(results) {
+            if self.is_interrupted(result)? {
                 self.set_state(thread, State::Interrupted);
             } else {
                 self.lose(thread)?;
@@ -239,7 +257,11 @@ impl Session {
 
     /// Interrupts a thread; answers with whether it is one that is traced, and lives.
     pub(crate) fn interrupt(&self, thread: Pid) -> Result<bool, ProcessError> {
-        match ptrace::interrupt(thread) {
+        self.is_interrupted(ptrace::interrupt(thread))
+    }
+
+    fn is_interrupted(&self, result: Result<(), Errno>) -> Result<bool, ProcessError> {
+        match result {
             Ok(()) => Ok(true),
             Err(Errno::SRCH) => Ok(false),
             Err(errno) => {
@@ -272,24 +294,30 @@ impl Session {
         loop {
             let mut pending = None;
             let mut index = 0;
-            while let Some(&tracee) = self.tracees.get(index) {
-                let thread = tracee.thread;
-                if tracee.state != State::Stopped {
-                    let change = self.poll(thread)?;
-                    if change == Change::None {
-                        pending = Some(thread);
-                        if !wait.is_long() || self.is_still_coming(thread)? {
-                            index += 1;
-                            continue;
-                        }
+            while let Some(&Tracee { thread, state, .. }) = self.tracees.get(index) {
+                let change = match state {
+                    State::Stopped => {
+                        index += 1;
+                        continue;
                     }
-                    wait.renew();
-                    self.note(thread, change)?;
-                    // The list may have changed.
-                    index = 0;
-                    continue;
+                    _ => self.poll(thread)?,
+                };
+                if change == Change::None {
+                    pending.get_or_insert(thread);
+                    // To look for the others takes time that they may need to stop. But where one
+                    // does not stop, it may be waiting for what becomes of another.
+                    if !wait.is_long() {
+                        break;
+                    }
+                    if self.is_still_coming(thread)? {
+                        index += 1;
+                        continue;
+                    }
                 }
-                index += 1;
+                wait.renew();
+                self.note(thread, change)?;
+                // The list may have changed.
+                index = 0;
             }
             let Some(thread) = pending else { return Ok(()) };
             if !wait.wait() {
@@ -342,8 +370,7 @@ impl Session {
             Stop::Exec => {
                 // There is one thread now, which has the number of the process.
                 self.tracees.clear();
-                let state = State::Interrupted;
-                self.tracees.push(Tracee { thread, state, adopted: false });
+                self.tracees.push(Tracee::new(thread, State::Interrupted, false));
                 0
             }
             // The signal was on its way before: it is taken now, as far as that goes without
@@ -364,8 +391,7 @@ impl Session {
         };
         if self.tracees.iter().all(|tracee| tracee.thread != thread) {
             self.seized.add(thread);
-            let state = State::Interrupted;
-            self.tracees.push(Tracee { thread, state, adopted: true });
+            self.tracees.push(Tracee::new(thread, State::Interrupted, true));
         }
         Ok(())
     }
@@ -381,39 +407,47 @@ impl Session {
     }
 
     /// Lets a system call go on that was interrupted by the stop alone, and that the kernel would
-    /// make fail for it. Answers with whether the thread is stopped.
+    /// make fail for it. Answers with whether the thread is in none; `None` if it is not stopped.
     ///
     /// The kernel itself restarts the others, unless a signal's handler is to run; and it is told
     /// to do the same with these. Those with a timeout are not restarted, or they might never end.
-    fn let_restart(&self, thread: Pid) -> Result<bool, ProcessError> {
+    fn let_restart(&self, thread: Pid) -> Result<Option<bool>, ProcessError> {
         const EINTR: i64 = -4;
         const ERESTARTNOHAND: i64 = -514;
         let registers = match ptrace::registers(thread) {
             Ok(Some(registers)) => registers,
             // Of 32 bits, with other numbers.
-            Ok(None) => return Ok(true),
-            Err(Errno::SRCH) => return Ok(false),
+            Ok(None) => return Ok(Some(false)),
+            Err(Errno::SRCH) => return Ok(None),
             Err(errno) => return Err(self.failed("read its registers")(errno)),
         };
+        let computes = registers.orig_rax.cast_signed() < 0;
         if registers.rax.cast_signed() != EINTR || !waits_for_ever(&registers) {
-            return Ok(true);
+            return Ok(Some(computes));
         }
         let registers = ptrace::Registers { rax: ERESTARTNOHAND.cast_unsigned(), ..registers };
         match ptrace::set_registers(thread, &registers) {
-            Ok(()) => Ok(true),
-            Err(Errno::SRCH) => Ok(false),
+            Ok(()) => Ok(Some(computes)),
+            Err(Errno::SRCH) => Ok(None),
             Err(errno) => Err(self.failed("set its registers")(errno)),
         }
     }
 
-    /// Lets all go that are stopped. Those that are not are let go when this thread ends.
-    pub(super) fn detach(&mut self) {
-        for tracee in self.tracees.drain(..) {
-            if tracee.state == State::Stopped {
+    /// Lets all go that are stopped; answers with when that was. Those that are not are let go when
+    /// this thread ends.
+    pub(super) fn detach(&mut self) -> Instant {
+        let mut tracees = std::mem::take(&mut self.tracees);
+        tracees.retain(|tracee| tracee.state == State::Stopped);
+        // Those that compute last: where they cannot be overtaken, the others would wait for them.
+        tracees.sort_by_key(|tracee| tracee.computes);
+        self.precedence.first(|| {
+            for tracee in tracees {
                 // It fails only for a thread that has ended.
                 let _ = ptrace::detach(tracee.thread);
             }
-        }
+            // Afterwards they may take the CPU.
+            Instant::now()
+        })
     }
 
     /// Lets all go, into a stop as SIGSTOP makes it.

@@ -49,7 +49,7 @@ impl Seized {
 #[derive(Debug)]
 pub(super) struct Tracer {
     work: Option<Sender<Work>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Instant>>,
 }
 
 impl Tracer {
@@ -63,9 +63,9 @@ impl Tracer {
         let seized = Seized::default();
         let thread = {
             let (process, seized) = (process.clone(), seized.clone());
-            thread::Builder::new().name("pageferry-tracer".into()).spawn(move || {
-                trace(&process, patience, seized, &say, &works);
-            })
+            thread::Builder::new()
+                .name("pageferry-tracer".into())
+                .spawn(move || trace(&process, patience, seized, &say, &works))
         };
         let thread = thread.map_err(|error| ProcessError::Kernel {
             pid: process.pid(),
@@ -101,34 +101,37 @@ impl Tracer {
         }
     }
 
+    /// Ends the thread; answers with when it had let all go.
+    fn end(&mut self) -> Option<Instant> {
+        self.work = None;
+        self.thread.take()?.join().ok()
+    }
+
     fn panicked(&self) -> ! {
         panic!("the thread that traces a process has panicked")
     }
 
-    /// Lets the process go on, and waits until it may.
-    pub(super) fn release(self) {
-        drop(self);
+    /// Lets the process go on, and waits until it may; answers with since when it may.
+    pub(super) fn release(mut self) -> Instant {
+        self.end().unwrap_or_else(|| self.panicked())
     }
 }
 
 impl Drop for Tracer {
     fn drop(&mut self) {
-        self.work = None;
-        if let Some(thread) = self.thread.take() {
-            // One that has panicked has ended, which is what matters here.
-            let _ = thread.join();
-        }
+        // One that has panicked has ended, which is what matters here.
+        let _ = self.end();
     }
 }
 
-/// The life of the thread that traces.
+/// The life of the thread that traces; answers with when it had let all go.
 fn trace(
     process: &Process,
     patience: Duration,
     seized: Seized,
     say: &Sender<Result<Instant, ProcessError>>,
     works: &Receiver<Work>,
-) {
+) -> Instant {
     let mut session = Session::new(process, seized);
     let result = session.stop(patience);
     let stopped = result.is_ok();
@@ -138,5 +141,5 @@ fn trace(
             work(&mut session);
         }
     }
-    session.detach();
+    session.detach()
 }

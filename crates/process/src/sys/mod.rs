@@ -1,6 +1,7 @@
 //! The system calls that neither the standard library nor `rustix` has, one module an interface.
 
 pub(crate) mod ptrace;
+pub(crate) mod sched;
 pub(crate) mod uffd;
 pub(crate) mod vm;
 

@@ -368,7 +368,18 @@ impl Pagemap {
         let result = unsafe { abi::pagemap_scan(&self.fd, &mut arg) };
         let walk_end = HostAddress::new(arg.walk_end);
         match result {
-            Ok(regions) => Ok(ScanResult { regions, walk_end }),
+            Ok(found) => {
+                // Having filled its own buffer of 512 regions on the way, the kernel leaves that
+                // place here, though it came to the end. That there is room left tells.
+                let pages = |regions: &[PageRegion]| -> u64 {
+                    regions.iter().map(|region| region.range().len()).sum::<u64>()
+                        / rustix::param::page_size() as u64
+                };
+                let ended = found < regions.len()
+                    && (request.max_pages == 0 || pages(&regions[..found]) < request.max_pages);
+                let walk_end = if ended { request.range.end() } else { walk_end };
+                Ok(ScanResult { regions: found, walk_end })
+            }
             Err(errno) => Err(PagemapError::Scan {
                 range: request.range,
                 errno,

@@ -127,6 +127,30 @@ fn a_scan_goes_on_where_the_room_ended() {
     assert!(result.walk_end <= memory.page(5).start());
 }
 
+/// The kernel has a buffer of its own, of 512 regions, and says where that was full last.
+#[test]
+fn a_scan_that_came_to_the_end_says_so() {
+    let Some((memory, _registration)) = tracked(Backing::Anonymous, 1400) else { return };
+    let pagemap = Pagemap::open_self().unwrap();
+    let odd: Vec<_> = (0..700).map(|index| memory.page(2 * index + 1)).collect();
+    for room in [2048, 600] {
+        for page in 0..700 {
+            memory.write(2 * page + 1, 1);
+        }
+        let mut regions = vec![PageRegion::default(); room];
+        let (mut found, mut calls) = (Vec::new(), 0);
+        let mut left = memory.range();
+        while !left.is_empty() {
+            let result = pagemap.scan(&ScanRequest::written(left, false), &mut regions).unwrap();
+            found.extend(ranges(&regions[..result.regions]));
+            left = left.skip(result.walk_end.offset_from(left.start()).unwrap());
+            calls += 1;
+        }
+        assert_eq!(found, odd, "each once");
+        assert_eq!(calls, if room == 600 { 2 } else { 1 });
+    }
+}
+
 #[test]
 fn what_a_failing_harvest_took_is_not_lost() {
     // Two neighbouring halves, of which only the first is tracked.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::ImageRange;
+use crate::{ImageRange, format::KINDS};
 
 /// What is known about the memory at some position.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
@@ -56,4 +56,17 @@ pub struct Amounts {
     pub gone: u64,
     /// Bytes that are stored, each block once.
     pub stored: u64,
+    /// Of the data, the bytes that ancestors have stored.
+    pub elsewhere: u64,
+}
+
+impl Amounts {
+    /// Of so many units of each kind of run, by its number, and so many stored blocks, each of
+    /// `size` bytes. The numbers may be a liar's.
+    pub(crate) fn new(units: [u64; KINDS.len()], stored: u64, size: u64) -> Self {
+        let [data, zero, poisoned, gone, elsewhere] = units.map(|units| units.saturating_mul(size));
+        let data = data.saturating_add(elsewhere);
+        let stored = stored.saturating_mul(size);
+        Self { data, zero, poisoned, gone, stored, elsewhere }
+    }
 }

@@ -22,12 +22,28 @@ use crate::{
 /// If the reader breaks a promise: extents are not in order, or an image that is intact cannot be
 /// read.
 pub fn read(bytes: Vec<u8>) -> Result<(), ImageError> {
+    read_chain(vec![bytes])
+}
+
+/// As [`read`], of a chain: the newest image first.
+///
+/// # Errors
+/// As [`read`].
+///
+/// # Panics
+/// As [`read`].
+pub fn read_chain(images: Vec<Vec<u8>>) -> Result<(), ImageError> {
     const MOST: usize = 1 << 16;
-    let image = Image::from_storage(Box::new(bytes), "fuzzed")?;
-    let _ = image.mappings();
-    let _ = image.metadata();
-    let intact = image.verify(&mut |_| ControlFlow::Continue(()))?.is_intact();
-    let chain = Chain::new(vec![image])?;
+    let mut opened = Vec::new();
+    for bytes in images {
+        let image = Image::from_storage(Box::new(bytes), "fuzzed")?;
+        let _ = image.mappings();
+        let _ = image.metadata();
+        image.verify(&mut |_| ControlFlow::Continue(()))?;
+        opened.push(image);
+    }
+    let chain = Chain::new(opened)?;
+    let intact = chain.verify(&mut |_| ControlFlow::Continue(()))?.is_intact();
     let mut end = 0;
     let mut buffer = vec![0; MOST];
     for extent in chain.extents(ImageRange::ALL).take(MOST) {

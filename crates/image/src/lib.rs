@@ -43,4 +43,4 @@ pub use read::{Damage, Image, ImageInfo, Progress, Verified};
 pub use source::ChainSource;
 pub use space::ImageRange;
 pub use storage::Storage;
-pub use write::{Encoder, ImageWriter, WriterOptions, Written};
+pub use write::{Encoder, ImageWriter, Known, WriterOptions, Written};

@@ -11,13 +11,13 @@ use std::{
 };
 
 use pageferry_memory::{GranuleIndex, GranuleRange, Region};
-use pageferry_paging::{PageSink, PageSource, SinkError, SourceError, Span, Urgency};
+use pageferry_paging::{PageSink, PageSource, SourceError, Span, Urgency};
 use rustix::fs::FileType;
 
 use crate::{
     ImageError,
     extents::Extents,
-    serve::{refused, serve_data},
+    serve::{answered, region_of, serve_data},
     storage::pread,
 };
 
@@ -178,13 +178,7 @@ impl PageSource for RawImage {
         _urgency: Urgency,
         sink: &dyn PageSink,
     ) -> Result<(), SourceError> {
-        let Some(region) = sink
-            .layout()
-            .get(span.region)
-            .filter(|region| span.granules.end().get() <= region.granules())
-        else {
-            return Err(SourceError::Mismatch(SinkError::OutOfRange(span).to_string()));
-        };
+        let region = region_of(sink, span)?;
         let granule = region.granule().bytes();
         let backed = self.backed(region);
         let mut rest = span.granules;
@@ -212,11 +206,7 @@ impl PageSource for RawImage {
                     })
                 };
             }
-            if let Err(error) = answer
-                && let Some(error) = refused(error)
-            {
-                return Err(error);
-            }
+            answered(answer)?;
             rest = rest.split_at(count).1;
         }
         Ok(())

@@ -72,14 +72,22 @@ fn serve_one(
     if failed { sink.poison(span) } else { answer }
 }
 
-/// What a sink's refusal means to the one who asked.
-pub(crate) fn refused(error: SinkError) -> Option<SourceError> {
-    match error {
-        SinkError::Source(error) => Some(error),
-        SinkError::OutOfRange(_) | SinkError::WrongLength { .. } => {
-            Some(SourceError::Mismatch(error.to_string()))
+/// The region of a span, all of whose granules it has.
+pub(crate) fn region_of(sink: &dyn PageSink, span: Span) -> Result<&Region, SourceError> {
+    let region = sink.layout().get(span.region).map(|region| &**region);
+    region
+        .filter(|region| span.granules.end().get() <= region.granules())
+        .ok_or_else(|| SourceError::Mismatch(SinkError::OutOfRange(span).to_string()))
+}
+
+/// What a sink's answer means to the one who asked.
+pub(crate) fn answered(answer: Result<(), SinkError>) -> Result<(), SourceError> {
+    match answer {
+        Err(SinkError::Source(error)) => Err(error),
+        Err(error @ (SinkError::OutOfRange(_) | SinkError::WrongLength { .. })) => {
+            Err(SourceError::Mismatch(error.to_string()))
         }
         // The sink has dealt with the span itself.
-        _ => None,
+        _ => Ok(()),
     }
 }

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use pageferry_memory::{GranuleRange, PageSize, Region};
-use pageferry_paging::{PageSink, PageSource, SinkError, SourceError, Span, Urgency};
+use pageferry_paging::{PageSink, PageSource, SourceError, Span, Urgency};
 use rustix::io::Errno;
 
 use crate::{
     Chain, Content, ImageError, Missing,
     chain::At,
     error::Trouble,
-    serve::{refused, serve_data},
+    serve::{answered, region_of, serve_data},
 };
 
 /// Serves the memory of a chain of images to a pager: a restore that reads each page when it is
@@ -140,13 +140,7 @@ impl PageSource for ChainSource {
         _urgency: Urgency,
         sink: &dyn PageSink,
     ) -> Result<(), SourceError> {
-        let Some(region) = sink
-            .layout()
-            .get(span.region)
-            .filter(|region| span.granules.end().get() <= region.granules())
-        else {
-            return Err(SourceError::Mismatch(SinkError::OutOfRange(span).to_string()));
-        };
+        let region = region_of(sink, span)?;
         let mut rest = span.granules;
         while !rest.is_empty() {
             let (alike, count) = self.run(region, rest).unwrap_or_else(|At { level, trouble }| {
@@ -164,11 +158,7 @@ impl PageSource for ChainSource {
                     serve_data(run, region, sink, &|offset, bytes| self.read(offset, bytes))
                 }
             };
-            if let Err(error) = answer
-                && let Some(error) = refused(error)
-            {
-                return Err(error);
-            }
+            answered(answer)?;
             rest = after;
         }
         Ok(())

@@ -4,7 +4,10 @@ mod common;
 
 use std::{ops::Range, sync::Arc};
 
-use common::{Flipped, PAGE, at, encode, go_on, open, options, page, pages, small, small_child};
+use common::{
+    Flipped, PAGE, at, encode, go_on, open, options, page, pages, small, small_child,
+    small_referring,
+};
 use pageferry_image::{Chain, Content, Digest, Image, ImageError, Missing, Part, WriterOptions};
 use pageferry_memory::PageSize;
 
@@ -37,8 +40,13 @@ fn parts(bytes: &[u8]) -> Vec<(Part, Range<u64>)> {
 
 #[test]
 fn every_flipped_bit_is_found_and_named() {
-    let parent = open(small());
-    let bytes = Arc::new(small_child(&parent));
+    for bytes in [small_child(&open(small())), small_referring().1] {
+        every_flipped_bit_of(bytes);
+    }
+}
+
+fn every_flipped_bit_of(bytes: Vec<u8>) {
+    let bytes = Arc::new(bytes);
     let parts = parts(&bytes);
     for at in 0..bytes.len() {
         let (part, range) = parts.iter().find(|(_, range)| range.contains(&(at as u64))).unwrap();
@@ -120,7 +128,7 @@ fn a_later_version_is_refused_by_name() {
     type Expected = fn(&ImageError) -> bool;
     let cases: [(usize, u8, Expected); 3] = [
         (8, 2, |error| matches!(error, ImageError::Version { found: 2, known: 1, .. })),
-        (16, 5, |error| matches!(error, ImageError::Features { bits: 5, .. })),
+        (16, 6, |error| matches!(error, ImageError::Features { bits: 6, .. })),
         (16, 0, |error| matches!(error, ImageError::Corrupt { part: Part::Footer, .. })),
     ];
     for (at, value, expected) in cases {
@@ -188,6 +196,29 @@ fn damage_is_told_by_the_memory_that_is_lost() {
         assert_eq!(read.is_ok(), intact, "{number}");
         assert_eq!(chain.extent_at(at(number)).unwrap().content, Content::Data);
     }
+}
+
+/// A block that is damaged costs the images that refer to it too.
+#[test]
+fn damage_to_an_ancestor_is_told_by_what_is_lost_in_its_descendants() {
+    let (parent, child) = small_referring();
+    // The block of page 7.
+    let flipped = Flipped { bytes: Arc::new(parent), at: 4096 + 9, mask: 1 };
+    let parent = Image::from_storage(Box::new(flipped), "parent").unwrap();
+    let chain = Chain::new(vec![open(child), parent]).unwrap();
+    let verified = chain.verify(&mut go_on).unwrap();
+    assert_eq!(verified.damaged, 1);
+    let damage = &verified.damage[0];
+    assert!(matches!(damage.error, ImageError::Corrupt { part: Part::Block(0), .. }), "{damage:?}");
+    assert!(damage.error.to_string().contains("parent"), "{damage:?}");
+    let of_parent = [pages(0x100, 1), pages(0x102, 1)];
+    let of_child = [pages(0x103, 1), pages(0x300, 1)];
+    assert_eq!(damage.lost, [of_parent, of_child].concat());
+    assert_eq!(damage.lost_bytes, 4 * PAGE);
+    let mut buffer = vec![0; PAGE as usize];
+    let error = chain.read_at(at(0x300), &mut buffer, Missing::Poison).unwrap_err();
+    assert!(error.to_string().contains("parent"), "the image that has it is named: {error}");
+    chain.read_at(at(0x301), &mut buffer, Missing::Poison).unwrap();
 }
 
 #[test]

@@ -2,8 +2,10 @@
 
 mod common;
 
-use common::{at, go_on, identity, page, pages, small, small_child};
-use pageferry_image::{Chain, Content, ImageRange, MappingFlags, Missing, ParentState, list};
+use common::{at, go_on, identity, page, pages, small, small_child, small_referring};
+use pageferry_image::{
+    Amounts, Chain, Content, ImageRange, MappingFlags, Missing, ParentState, list,
+};
 
 const PLACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/v1");
 
@@ -54,4 +56,28 @@ fn version_1_is_what_is_written() {
     let fixture = |name: &str| std::fs::read(format!("{PLACE}/{name}.pfi")).unwrap();
     assert!(small() == fixture("small"));
     assert!(small_child(&common::open(small())) == fixture("child"));
+}
+
+const REFERRING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/v1-referring");
+
+/// Version 1 with the required feature that an image may refer to blocks of its ancestors.
+#[test]
+fn version_1_with_references() {
+    let chain = Chain::open(REFERRING).unwrap();
+    assert!(chain.verify(&mut go_on).unwrap().is_intact());
+    let info = chain.newest().info();
+    assert_eq!((info.version, info.id), (1, identity(3).0));
+    let bytes = |pages: u64| pages * common::PAGE;
+    let Amounts { data, zero, stored, elsewhere, .. } = info.amounts;
+    assert_eq!((data, zero, stored, elsewhere), (bytes(5), bytes(1), bytes(1), bytes(4)));
+    let mut buffer = page(0);
+    for (number, byte) in
+        [(0x100, 7), (0x101, 8), (0x102, 9), (0x103, 7), (0x300, 7), (0x301, 8), (0x302, 0)]
+    {
+        chain.read_at(at(number), &mut buffer, Missing::Poison).unwrap();
+        assert_eq!(buffer, page(byte), "{number:#x}");
+    }
+    let fixture = |name: &str| std::fs::read(format!("{REFERRING}/{name}.pfi")).unwrap();
+    let (small, child) = small_referring();
+    assert!(small == fixture("small") && child == fixture("child"));
 }

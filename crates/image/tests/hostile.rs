@@ -8,8 +8,14 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::SeqCst},
 };
 
-use common::{encode, open, options, small, small_child};
-use pageferry_image::{Image, ImageError, Part, Storage, fuzz};
+use common::{
+    at, encode, encode_for_child, identity, open, options, page, small, small_child,
+    small_referring,
+};
+use pageferry_image::{
+    Chain, Encoder, Image, ImageError, Missing, Part, Storage, WriterOptions, flatten, fuzz,
+};
+use pageferry_memory::PageSize;
 use proptest::prelude::*;
 
 /// Bytes that are allocated, and the most there were.
@@ -47,11 +53,11 @@ fn bounded() {
 }
 
 /// The fields of the footer, of eight bytes each, that say how much there is and where.
-const FIELDS: std::ops::Range<usize> = 96..200;
+const FIELDS: std::ops::Range<usize> = 96..208;
 
 #[test]
 fn lying_numbers_are_refused() {
-    let bytes = small_child(&open(small()));
+    let (_, bytes) = small_referring();
     let footer = bytes.len() - 256;
     for field in FIELDS.step_by(8) {
         let there = u64::from_le_bytes(*bytes[footer + field..].first_chunk().unwrap());
@@ -122,6 +128,77 @@ fn lying_records_are_refused() {
     bounded();
 }
 
+/// References to what is not there: some are seen in the image alone, some where its ancestors are.
+#[test]
+fn lying_references_are_refused() {
+    let (parent, child) = small_referring();
+    let footer = child.len() - 256;
+    let runs = u64::from_le_bytes(*child[footer + 120..].first_chunk().unwrap()) as usize;
+    const NO_IMAGE: &str = "blocks of an ancestor that there is not";
+    const NO_BLOCK: &str = "blocks of an ancestor that there are not";
+    // The first run is page 0x101: block 1 of the parent, which has two.
+    assert_eq!(child[runs + 8..runs + 24], [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 4, 1, 0, 0]);
+    let cases: &[(usize, &[u8], &str, bool)] = &[
+        (runs + 21, &[0], NO_IMAGE, true),
+        (runs + 21, &[2], NO_IMAGE, true),
+        (runs + 21, &[0xff, 0xff], NO_IMAGE, true),
+        (runs + 8, &[0xff; 8], NO_IMAGE, true),
+        (16, &[0], "unknown kind", true),
+        (runs + 8, &[2], NO_BLOCK, false),
+        (runs + 8, &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], NO_BLOCK, false),
+        // Blocks of another size than the parent's.
+        (104, &[13], "", false),
+    ];
+    for (place, lie, said, alone) in cases {
+        let mut lying = child.clone();
+        lying[*place..place + lie.len()].copy_from_slice(lie);
+        fuzz::reseal(&mut lying);
+        if said.is_empty() {
+            // Nothing lies where it did.
+            assert!(Image::from_storage(Box::new(lying), "lying").is_err());
+            continue;
+        }
+        let image = Image::from_storage(Box::new(lying), "lying").unwrap();
+        assert_eq!(image.preload().is_err(), *alone, "{place}");
+        let chain = Chain::new(vec![image, open(parent.clone())]).unwrap();
+        let mut page = page(0);
+        let error = chain.read_at(at(0x101), &mut page, Missing::Poison).unwrap_err().to_string();
+        assert!(error.contains(said) && error.contains("lying"), "{place}: {error}");
+        assert_eq!(chain.extent_at(at(0x101)).unwrap_err().to_string(), error);
+        let verified = chain.verify(&mut common::go_on).unwrap();
+        assert!(verified.damage.iter().any(|damage| damage.error.to_string() == error), "{place}");
+        let flat = flatten(&chain, &mut encoder(), &mut common::go_on).unwrap_err();
+        assert_eq!(flat.to_string(), error);
+    }
+    bounded();
+}
+
+/// A parent whose blocks are of another size cannot have been meant.
+#[test]
+fn references_to_blocks_of_another_size_are_refused() {
+    let (id, created) = identity(1);
+    let (parent, known) = encode_for_child(options().identity(id, created), |encoder| {
+        encoder.write(at(0), &[page(7), page(8)].concat()).unwrap();
+    });
+    let child = options().parent(&open(parent), "p.pfi").known(known);
+    let child = encode(child, |encoder| encoder.write(at(1), &page(7)).unwrap());
+    let large = WriterOptions::new(PageSize::try_new(8192).unwrap()).identity(id, created);
+    let other = encode(large, |encoder| encoder.write(at(0), &page(7).repeat(2)).unwrap());
+    // The child is told that this was its parent.
+    let mut lying = child;
+    lying[64..96].copy_from_slice(&open(other.clone()).seal().bytes());
+    fuzz::reseal(&mut lying);
+    let chain = Chain::new(vec![open(lying), open(other)]).unwrap();
+    let error = chain.read_at(at(1), &mut page(0), Missing::Poison).unwrap_err();
+    assert!(matches!(error, ImageError::Corrupt { part: Part::RunTable(0), .. }), "{error}");
+    assert!(!chain.verify(&mut common::go_on).unwrap().is_intact());
+    bounded();
+}
+
+fn encoder() -> Encoder<Vec<u8>> {
+    Encoder::new(Vec::new(), "flat", options()).unwrap()
+}
+
 /// A file of a petabyte of zeros that ends in an honest footer.
 #[derive(Debug)]
 struct Sparse {
@@ -189,16 +266,18 @@ proptest! {
     /// Changed anywhere, with digests that fit and that do not.
     #[test]
     fn nothing_panics(
-        child: bool,
+        kind in 0..3,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
         to_end in prop::collection::vec((0..900_usize, any::<u8>()), 0..8),
         sealed: bool,
         cut in prop::option::weighted(0.1, any::<prop::sample::Index>()),
     ) {
-        let mut bytes = small();
-        if child {
-            bytes = small_child(&open(bytes));
-        }
+        let (parent, referring) = small_referring();
+        let mut bytes = match kind {
+            0 => small(),
+            1 => small_child(&open(small())),
+            _ => referring,
+        };
         for (at, byte) in changes {
             let at = at.index(bytes.len());
             bytes[at] = byte;
@@ -213,7 +292,8 @@ proptest! {
         if sealed {
             fuzz::reseal(&mut bytes);
         }
-        let _ = fuzz::read(bytes);
+        let _ = fuzz::read(bytes.clone());
+        let _ = fuzz::read_chain(vec![bytes, parent]);
         bounded();
     }
 }

@@ -34,7 +34,7 @@ pub(crate) struct Spot {
     /// All is alike up to here.
     pub(crate) end: u64,
     pub(crate) content: Content,
-    /// Of data: which image has it, and in which of its runs.
+    /// Of data: which image has stored it, and in which of its blocks.
     pub(crate) stored: Option<(usize, Run)>,
 }
 
@@ -175,9 +175,13 @@ impl Chain {
         let total = self.images.iter().map(|image| image.info().file_length).sum();
         let mut before = 0;
         let mut verified = Verified::default();
-        for image in self.images.iter().rev() {
-            let found =
+        for (level, image) in self.images.iter().enumerate().rev() {
+            let mut found =
                 image.verify(&mut |now| progress(Progress { done: before + now.done, total }))?;
+            for (younger, child) in self.images[..level].iter().enumerate().rev() {
+                found.lose_in(child, level - younger);
+            }
+            found.check_references(image, |up| self.images.get(level + up));
             before += image.info().file_length;
             verified.add(found);
         }
@@ -194,7 +198,7 @@ impl Chain {
                 Found::Run(run) => {
                     let end = end.min(run.end);
                     let (content, stored) = match run.content {
-                        Content::Data => (Content::Data, Some((level, run))),
+                        Content::Data => (Content::Data, Some(self.stored(level, run)?)),
                         Content::Gone => (Content::Absent, None),
                         other => (other, None),
                     };
@@ -203,6 +207,16 @@ impl Chain {
             }
         }
         Ok(Spot { end, content: Content::Absent, stored: None })
+    }
+
+    /// Which image has stored the blocks of a run of the image at `level`.
+    fn stored(&self, level: usize, run: Run) -> Result<(usize, Run), At> {
+        let child = &self.images[level];
+        let holder = level + usize::from(run.ancestor);
+        match self.images.get(holder) {
+            Some(image) if holder == level || image.serves(child, &run) => Ok((holder, run)),
+            _ => Err(At { level, trouble: child.bad_reference(&run) }),
+        }
     }
 
     pub(crate) fn fill(&self, at: u64, bytes: &mut [u8], missing: Missing) -> Result<(), At> {

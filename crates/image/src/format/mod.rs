@@ -27,8 +27,10 @@ pub(crate) const MAX_PIECE: u64 = 64 << 20;
 /// The largest block.
 pub(crate) const MAX_BLOCK: PageSize = PageSize::SIZE_2M;
 
-/// Features that a reader has to know; none is defined in version 1.
-const KNOWN_FEATURES: u64 = 0;
+/// The required feature of an image that may refer to blocks of its ancestors.
+const REFERS: u64 = 1;
+/// Features that a reader has to know.
+const KNOWN_FEATURES: u64 = REFERS;
 
 macro_rules! bytes {
     ($($item:item)*) => {$(
@@ -71,7 +73,9 @@ bytes! {
         pub block: U64,
         pub count: U32,
         pub kind: u8,
-        pub reserved: [u8; 3],
+        /// Of kind [`ELSEWHERE`]: how many generations up its blocks are; 1 is the parent.
+        pub ancestor: U16,
+        pub reserved: u8,
     }
 
     /// The root's entry for a leaf of the run table.
@@ -100,7 +104,8 @@ bytes! {
         pub zero: U64,
         pub poisoned: U64,
         pub gone: U64,
-        pub reserved: [u8; 24],
+        pub elsewhere: U64,
+        pub reserved: [u8; 16],
         pub seal: Digest,
     }
 }
@@ -116,13 +121,15 @@ const _: () = assert!(
 /// A block whose bytes are stored as they are.
 pub(crate) const PLAIN: u8 = 0;
 
-/// The kinds of runs, by the number that stands for them.
-pub(crate) const KINDS: [Content; 4] =
-    [Content::Data, Content::Zero, Content::Poisoned, Content::Gone];
-
-pub(crate) fn kind_of(content: Content) -> Option<u8> {
-    KINDS.iter().position(|kind| *kind == content).map(|kind| kind as u8)
-}
+/// What the kinds of runs are, by the number that stands for them.
+pub(crate) const KINDS: [Content; 5] =
+    [Content::Data, Content::Zero, Content::Poisoned, Content::Gone, Content::Data];
+pub(crate) const DATA: u8 = 0;
+pub(crate) const ZERO: u8 = 1;
+pub(crate) const POISONED: u8 = 2;
+pub(crate) const GONE: u8 = 3;
+/// Data whose blocks are an ancestor's.
+pub(crate) const ELSEWHERE: u8 = 4;
 
 /// The image that another one is based on.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -173,6 +180,8 @@ pub(crate) struct Identity {
     pub(crate) created: SystemTime,
     pub(crate) block: PageSize,
     pub(crate) ancestors: u32,
+    /// Whether it may refer to blocks of its ancestors.
+    pub(crate) refers: bool,
 }
 
 impl Identity {
@@ -181,6 +190,7 @@ impl Identity {
         header.magic = MAGIC;
         header.version = self.version.into();
         header.header_len = (HEADER_LEN as u32).into();
+        header.required = if self.refers { REFERS } else { 0 }.into();
         header.id = self.id.bytes();
         if let Some(parent) = &self.parent {
             header.parent_id = parent.id.bytes();
@@ -277,11 +287,21 @@ impl Header {
             }),
         };
         let created = SystemTime::UNIX_EPOCH + Duration::from_nanos(self.created.get());
-        Ok(Identity { version, id, parent, created, block, ancestors })
+        let refers = self.required.get() & REFERS != 0;
+        Ok(Identity { version, id, parent, created, block, ancestors, refers })
     }
 }
 
 impl Footer {
+    /// Units of each kind of run, by its number.
+    pub(crate) fn units(&self, refers: bool) -> [u64; KINDS.len()] {
+        // Those who cannot refer do not look at what is reserved without the feature.
+        let elsewhere = if refers { self.elsewhere.get() } else { 0 };
+        let [data, zero, poisoned, gone] =
+            [self.data, self.zero, self.poisoned, self.gone].map(U64::get);
+        [data, zero, poisoned, gone, elsewhere]
+    }
+
     /// Leaves out the magic, so that damage to that is told from a file that was cut short.
     pub(crate) fn compute_seal(&self) -> Digest {
         let end = size_of::<Self>() - size_of::<Digest>();
@@ -350,12 +370,14 @@ mod tests {
             (offset_of!(Header, digest), 4064),
             (offset_of!(BlockRecord, digest), 16),
             (offset_of!(RunRecord, count), 16),
+            (offset_of!(RunRecord, ancestor), 21),
             (offset_of!(Footer, id), 16),
             (offset_of!(Footer, header), 32),
             (offset_of!(Footer, root), 64),
             (offset_of!(Footer, file_len), 96),
             (offset_of!(Footer, root_at), 152),
             (offset_of!(Footer, data), 168),
+            (offset_of!(Footer, elsewhere), 200),
             (offset_of!(Footer, seal), 224),
         ] {
             assert_eq!(at, drawn);

@@ -1,5 +1,6 @@
 //! One image: opening it, and finding and reading what it has.
 
+mod info;
 mod records;
 mod table;
 mod verify;
@@ -9,9 +10,9 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::Path,
     sync::OnceLock,
-    time::SystemTime,
 };
 
+pub use info::ImageInfo;
 use pageferry_memory::PageSize;
 use records::{BlockBounds, RunBounds};
 use table::Table;
@@ -22,8 +23,8 @@ use crate::{
     Amounts, Content, Digest, ImageError, ImageId, ImageMapping, ParentLink, Part, Storage,
     error::Trouble,
     format::{
-        ALTERED, BlockRecord, END_MAGIC, FOOTER_LEN, Footer, HEADER_LEN, Header, Identity, KINDS,
-        LEAF, MAGIC, Refusal, RunLeaf, RunRecord, catalog::Catalog,
+        ALTERED, BlockRecord, ELSEWHERE, END_MAGIC, FOOTER_LEN, Footer, HEADER_LEN, Header,
+        Identity, KINDS, LEAF, MAGIC, Refusal, RunLeaf, RunRecord, catalog::Catalog,
     },
 };
 
@@ -61,32 +62,6 @@ impl<R: table::Record> std::fmt::Debug for Table<R> {
     }
 }
 
-/// What is known of an image without reading its contents.
-#[derive(Clone, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub struct ImageInfo {
-    /// Version of the format.
-    pub version: u32,
-    /// Its identity.
-    pub id: ImageId,
-    /// The digest of all it consists of, its ancestors included.
-    pub seal: Digest,
-    /// The image it is based on.
-    pub parent: Option<ParentLink>,
-    /// How many images it is based on, one upon the other.
-    pub ancestors: u32,
-    /// When it was begun, in whole nanoseconds.
-    pub created: SystemTime,
-    /// Size of its blocks, the unit in which it holds memory.
-    pub block_size: PageSize,
-    /// Length of the file in bytes.
-    pub file_length: u64,
-    /// How much of what it has.
-    pub amounts: Amounts,
-    /// Runs in its index.
-    pub runs: u64,
-}
-
 /// A run of blocks that are alike; for data, their stored blocks are consecutive too.
 #[derive(Copy, Clone, Debug)]
 pub(crate) struct Run {
@@ -97,6 +72,8 @@ pub(crate) struct Run {
     pub(crate) content: Content,
     /// Of data: the first stored block.
     pub(crate) block: u64,
+    /// Of data: how many generations up that is stored; 0 is this image.
+    pub(crate) ancestor: u16,
 }
 
 /// What an image has at a position.
@@ -147,7 +124,7 @@ impl Image {
         }
         footer.check_places(identity.block).map_err(corrupt)?;
         let (blocks, runs, catalog_digest) =
-            read_root(&*storage, &footer, identity.block).map_err(named)?;
+            read_root(&*storage, &footer, &identity).map_err(named)?;
         Ok(Self {
             storage,
             label,
@@ -195,7 +172,6 @@ impl Image {
     #[must_use]
     pub fn info(&self) -> ImageInfo {
         let footer = &self.footer.0;
-        let size = self.identity.block.bytes();
         ImageInfo {
             version: self.identity.version,
             id: self.identity.id,
@@ -205,13 +181,11 @@ impl Image {
             created: self.identity.created,
             block_size: self.identity.block,
             file_length: footer.file_len.get(),
-            amounts: Amounts {
-                data: footer.data.get().saturating_mul(size),
-                zero: footer.zero.get().saturating_mul(size),
-                poisoned: footer.poisoned.get().saturating_mul(size),
-                gone: footer.gone.get().saturating_mul(size),
-                stored: footer.blocks.get().saturating_mul(size),
-            },
+            amounts: Amounts::new(
+                footer.units(self.identity.refers),
+                footer.blocks.get(),
+                self.identity.block.bytes(),
+            ),
             runs: footer.runs.get(),
         }
     }
@@ -346,6 +320,23 @@ impl Image {
         Ok(())
     }
 
+    /// Whether it can have been meant by this run of `child`: it has these blocks, and they are of
+    /// that size.
+    pub(crate) fn serves(&self, child: &Self, run: &Run) -> bool {
+        let size = self.identity.block;
+        let count = (run.end - run.start) / size.bytes();
+        // Their sum has been checked.
+        size == child.identity.block && run.block + count <= self.blocks.count()
+    }
+
+    /// What is wrong if nobody has the blocks of this run.
+    pub(crate) fn bad_reference(&self, run: &Run) -> Trouble {
+        let leaf = self.runs.up_to(run.start / self.identity.block.bytes()).saturating_sub(1);
+        let (offset, length) = self.runs.place(leaf);
+        let why = "a run has blocks of an ancestor that there are not";
+        Trouble::Corrupt { part: Part::RunTable(leaf as u64), offset, length, why }
+    }
+
     /// The digest of the stored block that holds this position of a run.
     pub(crate) fn digest_at(&self, run: &Run, at: u64) -> Result<Digest, Trouble> {
         let number = run.block + (at - run.start) / self.identity.block.bytes();
@@ -375,6 +366,7 @@ fn run_of(record: &RunRecord, size: u64) -> Run {
         end: (first + count) * size,
         content: KINDS[usize::from(record.kind)],
         block: record.block.get(),
+        ancestor: if record.kind == ELSEWHERE { record.ancestor.get() } else { 0 },
     }
 }
 
@@ -449,7 +441,11 @@ fn read_footer(storage: &dyn Storage, length: u64, label: &str) -> Result<Footer
 
 type Parts = (Table<BlockRecord>, Table<RunRecord>, Digest);
 
-fn read_root(storage: &dyn Storage, footer: &Footer, block: PageSize) -> Result<Parts, Trouble> {
+fn read_root(
+    storage: &dyn Storage,
+    footer: &Footer,
+    identity: &Identity,
+) -> Result<Parts, Trouble> {
     let (offset, length) = (footer.root_at.get(), footer.root_len.get());
     let bytes = read_piece(storage, offset, length)?;
     let corrupt = |why| Trouble::Corrupt { part: Part::Root, offset, length, why };
@@ -470,7 +466,8 @@ fn read_root(storage: &dyn Storage, footer: &Footer, block: PageSize) -> Result<
     if !of_runs.is_sorted_by(|one, next| one.first.get() < next.first.get()) {
         return Err(corrupt("its leaves are not in order"));
     }
-    let size = block.bytes();
+    let size = identity.block.bytes();
+    let ancestors = identity.refers.then_some(identity.ancestors);
     Ok((
         Table::new(
             footer.blocks_at.get(),
@@ -482,7 +479,7 @@ fn read_root(storage: &dyn Storage, footer: &Footer, block: PageSize) -> Result<
             footer.runs_at.get(),
             runs,
             of_runs.iter().map(|leaf| (leaf.first.get(), leaf.digest)),
-            RunBounds { blocks, size },
+            RunBounds { blocks, size, ancestors },
         ),
         catalog,
     ))

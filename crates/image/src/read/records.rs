@@ -2,8 +2,8 @@
 
 use super::table::Record;
 use crate::{
-    Content, Part,
-    format::{BlockRecord, HEADER_LEN, KINDS, PLAIN, RunRecord},
+    Part,
+    format::{BlockRecord, DATA, ELSEWHERE, HEADER_LEN, KINDS, PLAIN, RunRecord},
 };
 
 /// What is known of every block.
@@ -42,12 +42,16 @@ impl Record for BlockRecord {
     }
 }
 
+const UNKNOWN: &str = "a run is of an unknown kind";
+
 /// What runs may say.
 pub(crate) struct RunBounds {
     /// Blocks there are.
     pub(crate) blocks: u64,
     /// Bytes of a block.
     pub(crate) size: u64,
+    /// Ancestors whose blocks may be referred to; `None` if none may.
+    pub(crate) ancestors: Option<u32>,
 }
 
 impl Record for RunRecord {
@@ -77,12 +81,23 @@ impl Record for RunRecord {
                 return Err("its runs are not in order");
             };
             free = end;
-            let Some(content) = KINDS.get(usize::from(record.kind)) else {
-                return Err("a run is of an unknown kind");
-            };
+            if usize::from(record.kind) >= KINDS.len() {
+                return Err(UNKNOWN);
+            }
             let behind = record.block.get().checked_add(count);
-            if *content == Content::Data && behind.is_none_or(|end| end > bounds.blocks) {
-                return Err("a run has blocks that there are not");
+            match record.kind {
+                DATA if behind.is_none_or(|end| end > bounds.blocks) => {
+                    return Err("a run has blocks that there are not");
+                }
+                ELSEWHERE => {
+                    let ancestors = bounds.ancestors.ok_or(UNKNOWN)?;
+                    // Which blocks the ancestor has is seen where it is at hand.
+                    let ancestor = u32::from(record.ancestor.get());
+                    if !(1..=ancestors).contains(&ancestor) || behind.is_none() {
+                        return Err("a run has blocks of an ancestor that there is not");
+                    }
+                }
+                _ => {}
             }
         }
         if next.is_some_and(|next| next < free) {

@@ -5,11 +5,11 @@ use std::{mem, ops::ControlFlow, ops::Range};
 use pageferry_memory::ImageOffset;
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Image, block_corrupt, footer_corrupt, read_piece, run_of};
+use super::{Image, Run, block_corrupt, footer_corrupt, read_piece, run_of};
 use crate::{
-    Content, Digest, ImageError, ImageRange, Part,
+    Digest, ImageError, ImageRange, Part,
     error::Trouble,
-    format::{ALTERED, BlockRecord, FOOTER_LEN, HEADER_LEN, Header, LEAF, kind_of},
+    format::{ALTERED, BlockRecord, DATA, FOOTER_LEN, HEADER_LEN, Header, KINDS, LEAF},
 };
 
 /// How far a long operation has come, in bytes.
@@ -28,10 +28,11 @@ pub struct Damage {
     /// What and where: mostly [`ImageError::Corrupt`], or [`ImageError::Read`] where the storage
     /// fails.
     pub error: ImageError,
-    /// The memory whose stored bytes are lost by it, ascending: the first
-    /// [`Verified::MOST`] ranges. Empty where the damage is not to blocks or their table.
+    /// The memory whose stored bytes are lost by it, ascending, and then, for each younger image
+    /// of the chain that refers to them, that of that image: the first [`Verified::MOST`] ranges.
+    /// Empty where the damage is not to blocks or their table.
     pub lost: Vec<ImageRange>,
-    /// How many bytes of memory are lost by it.
+    /// How many bytes of memory are lost by it, those of each image counted.
     pub lost_bytes: u64,
     blocks: Range<u64>,
 }
@@ -49,6 +50,9 @@ pub struct Verified {
     /// How many things are wrong. None: every bit is as it was written.
     pub damaged: u64,
 }
+
+/// No blocks, behind all that are damaged: damage is kept in the order of its blocks.
+const BEHIND: Range<u64> = u64::MAX..u64::MAX;
 
 impl Verified {
     /// More than this of anything is counted and not listed.
@@ -69,6 +73,33 @@ impl Verified {
         self.damage.extend(other.damage.into_iter().take(room));
     }
 
+    /// Notes what of `child`, so many generations down, is lost by what was found in an image.
+    pub(crate) fn lose_in(&mut self, child: &Image, generations: usize) {
+        if self.damage.is_empty() {
+            return;
+        }
+        child.each_reference(&mut |run| {
+            if usize::from(run.ancestor) == generations {
+                lose(&mut self.damage, run, child.identity.block.bytes());
+            }
+        });
+    }
+
+    /// Checks that everything `child` refers to is there; `ancestor` finds an image by how many
+    /// generations up it is.
+    pub(crate) fn check_references<'a>(
+        &mut self,
+        child: &Image,
+        ancestor: impl Fn(usize) -> Option<&'a Image>,
+    ) {
+        child.each_reference(&mut |run| {
+            let image = ancestor(run.ancestor.into());
+            if !image.is_some_and(|image| image.serves(child, run)) {
+                self.found(child.bad_reference(run), child.label(), BEHIND);
+            }
+        });
+    }
+
     fn found(&mut self, trouble: Trouble, label: &str, blocks: Range<u64>) {
         self.damaged += 1;
         if self.damage.len() < Self::MOST {
@@ -80,7 +111,8 @@ impl Verified {
 
 impl Image {
     /// Reads the whole file and compares every part of it with its digest: every bit of it counts
-    /// in one of them. Goes on after damage. `progress` is called now and then, and can stop it.
+    /// in one of them. Goes on after damage. What it has of its ancestors is for
+    /// [`Chain::verify`](crate::Chain::verify). `progress` is called now and then, and can stop it.
     ///
     /// # Errors
     /// [`ImageError::Cancelled`]; [`ImageError::Incomplete`] or [`ImageError::Examine`] if the file
@@ -212,18 +244,30 @@ impl Image {
         if Digest::of(block) == record.digest { Ok(()) } else { Err(block_corrupt(number, record)) }
     }
 
+    /// Tells each run of blocks of ancestors, as far as the run table can be read: verifying tells
+    /// of what cannot.
+    fn each_reference(&self, each: &mut dyn FnMut(&Run)) {
+        if !self.identity.refers {
+            return;
+        }
+        for leaf in 0..self.runs.leaves() {
+            let Ok(records) = self.runs.read(leaf, &*self.storage) else { continue };
+            let runs = records.iter().map(|record| run_of(record, self.identity.block.bytes()));
+            runs.filter(|run| run.ancestor > 0).for_each(|run| each(&run));
+        }
+    }
+
     /// Checks the run table, and says which memory the damaged blocks were.
     fn check_runs(&self, verified: &mut Verified) {
         let footer = &self.footer.0;
         let size = self.identity.block.bytes();
-        let mut units = [0_u64; 4];
+        let mut units = [0_u64; KINDS.len()];
         let mut whole = true;
         for leaf in 0..self.runs.leaves() {
             let records = match self.runs.read(leaf, &*self.storage) {
                 Ok(records) => records,
                 Err(trouble) => {
-                    // Behind all damaged blocks.
-                    verified.found(trouble, &self.label, u64::MAX..u64::MAX);
+                    verified.found(trouble, &self.label, BEHIND);
                     whole = false;
                     continue;
                 }
@@ -232,33 +276,32 @@ impl Image {
             for record in &*records {
                 let run = run_of(record, size);
                 let count = (run.end - run.start) / size;
-                if let Some(kind) = kind_of(run.content) {
-                    units[usize::from(kind)] += count;
-                }
-                if run.content == Content::Data {
-                    lose(&mut verified.damage, run.start, run.block..run.block + count, size);
+                units[usize::from(record.kind)] += count;
+                if record.kind == DATA {
+                    lose(&mut verified.damage, &run, size);
                 }
             }
         }
-        let said = [footer.data, footer.zero, footer.poisoned, footer.gone].map(|said| said.get());
-        if whole && units != said {
+        if whole && units != footer.units(self.identity.refers) {
             let why = "its amounts are not those of the runs";
-            verified.found(footer_corrupt(footer.file_len.get(), why), &self.label, 0..0);
+            let damage = footer_corrupt(footer.file_len.get(), why);
+            verified.found(damage, &self.label, BEHIND);
         }
     }
 }
 
-/// Notes what of a run, which begins at `start` and has these blocks, is damaged.
-fn lose(damage: &mut [Damage], start: u64, run: Range<u64>, size: u64) {
+/// Notes what of a run, in blocks of `size` bytes, is damaged.
+fn lose(damage: &mut [Damage], run: &Run, size: u64) {
+    let run_end = run.block + (run.end - run.start) / size;
     // Ascending: what has no blocks, then the damaged blocks, then leaves of the run table.
-    let behind = damage.partition_point(|damage| damage.blocks.end <= run.start);
+    let behind = damage.partition_point(|damage| damage.blocks.end <= run.block);
     for damage in &mut damage[behind..] {
-        let first = damage.blocks.start.max(run.start);
-        let end = damage.blocks.end.min(run.end);
+        let first = damage.blocks.start.max(run.block);
+        let end = damage.blocks.end.min(run_end);
         if first >= end {
             break;
         }
-        let (at, length) = (start + (first - run.start) * size, (end - first) * size);
+        let (at, length) = (run.start + (first - run.block) * size, (end - first) * size);
         damage.lost_bytes += length;
         if damage.lost.len() < Verified::MOST {
             damage.lost.push(ImageRange::new(ImageOffset::new(at), length));

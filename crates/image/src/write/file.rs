@@ -16,7 +16,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Encoder, WriterOptions, Written};
+use super::{Encoder, Known, WriterOptions, Written};
 use crate::{ImageError, ImageId, Step, read::peek};
 
 /// Only the owner can read it: it has what a process kept in its memory.
@@ -90,9 +90,18 @@ impl ImageWriter {
     /// Those of [`Encoder::finish`]. After [`Step::SyncDirectory`] the image is there
     /// nevertheless, complete.
     pub fn finish(self) -> Result<Written, ImageError> {
+        self.finish_for_child().map(|(written, _)| written)
+    }
+
+    /// As [`finish`](Self::finish), and says what the writer of a child has to
+    /// [know](WriterOptions::known) in order to store none of it again.
+    ///
+    /// # Errors
+    /// Those of [`finish`](Self::finish).
+    pub fn finish_for_child(self) -> Result<(Written, Known), ImageError> {
         let Self { encoder, mut place } = self;
         let path = encoder.path().to_owned();
-        let (mut out, written) = encoder.finish()?;
+        let (mut out, written, known) = encoder.finish_for_child()?;
         let failed = |step, error| {
             let (path, offset) = (path.clone(), written.length);
             ImageError::Write { path, step, offset, error }
@@ -102,7 +111,7 @@ impl ImageWriter {
         place.publish(out.get_ref()).map_err(|error| failed(Step::Publish, error.into()))?;
         rustix::fs::fsync(&place.directory)
             .map_err(|error| failed(Step::SyncDirectory, error.into()))?;
-        Ok(written)
+        Ok((written, known))
     }
 }
 

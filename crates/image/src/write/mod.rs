@@ -1,6 +1,8 @@
 //! Writing an image, in one go from its first byte to its last.
 
 mod file;
+mod known;
+mod options;
 mod runs;
 mod seen;
 
@@ -12,93 +14,29 @@ use std::{
 
 pub use file::ImageWriter;
 pub(crate) use file::directory_of;
+pub use known::Known;
+pub use options::{WriterOptions, Written};
 use pageferry_memory::{ImageOffset, PageSize};
 use runs::{Kind, Runs};
-use seen::Seen;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use crate::{
-    Amounts, Digest, Image, ImageError, ImageId, ImageMapping, ImageRange, ParentLink, Step,
+    Amounts, Chain, Digest, ImageError, ImageId, ImageMapping, ImageRange, ParentLink, Step,
     format::{
-        self, BlockRecord, END_MAGIC, FOOTER_LEN, Footer, Identity, LEAF, PLAIN, RunLeaf,
-        RunRecord, VERSION,
+        self, BlockRecord, DATA, ELSEWHERE, END_MAGIC, FOOTER_LEN, Footer, GONE, Identity, KINDS,
+        LEAF, PLAIN, POISONED, RunLeaf, RunRecord, VERSION, ZERO,
         catalog::{Catalog, MAX_KEY, MAX_KEYS, MAX_VALUE},
-        is_file_name, kind_of,
+        is_file_name,
     },
 };
-
-/// How an image is to be written.
-#[derive(Clone, Debug)]
-pub struct WriterOptions {
-    block: PageSize,
-    parent: Option<ParentLink>,
-    identity: Option<(ImageId, SystemTime)>,
-    remembered: usize,
-}
-
-impl WriterOptions {
-    /// Digests of stored blocks that are remembered unless something else is said: seven eighths
-    /// of 2^20, which fill two hash tables of 21 MiB. Enough for 3.5 GiB of different pages.
-    pub const REMEMBERED: usize = 917_504;
-
-    /// An image of its own, in blocks of this size: the unit in which memory is stored, compared
-    /// and read. The page size, for what is to be read page by page.
-    #[must_use]
-    pub fn new(block: PageSize) -> Self {
-        Self { block, parent: None, identity: None, remembered: Self::REMEMBERED }
-    }
-
-    /// Only what has changed since `parent`, which lies in the same directory under this file
-    /// name. What this image says nothing of is as it is there. Block sizes need not agree.
-    #[must_use]
-    pub fn parent(mut self, parent: &Image, name: impl Into<String>) -> Self {
-        self.parent = Some(ParentLink {
-            id: parent.id(),
-            seal: parent.seal(),
-            name: name.into(),
-            ancestors: parent.info().ancestors,
-        });
-        self
-    }
-
-    /// Its identity and the time it is begun, in place of random bytes and now: the same contents
-    /// then give the same file. Two images of one identity must never meet.
-    #[must_use]
-    pub fn identity(mut self, id: ImageId, created: SystemTime) -> Self {
-        self.identity = Some((id, created));
-        self
-    }
-
-    /// How many digests of stored blocks are remembered, to store equal ones once. Each takes up
-    /// to 96 bytes of memory. If there are more different blocks, those used longest ago are
-    /// forgotten, and stored again when they come again.
-    #[must_use]
-    pub fn remembered(mut self, digests: usize) -> Self {
-        self.remembered = digests;
-        self
-    }
-}
-
-/// What has been written.
-#[derive(Clone, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub struct Written {
-    /// The image's identity.
-    pub id: ImageId,
-    /// The digest of all it consists of.
-    pub seal: Digest,
-    /// Its length in bytes.
-    pub length: u64,
-    /// How much of what it has.
-    pub amounts: Amounts,
-}
 
 /// Makes an image of what it is told, and writes it to any sink, in order: a file (for which there
 /// is [`ImageWriter`]), or a connection.
 ///
 /// Memory comes in any order, fastest in ascending order. What is said later of the same position
 /// counts. Blocks that are zero are not stored; blocks with equal bytes are stored once, as far as
-/// [`remembered`](WriterOptions::remembered) goes. It takes 48 bytes of memory for each stored
+/// [`remembered`](WriterOptions::remembered) goes, and not at all if ancestors have them, as far as
+/// that is [`known`](WriterOptions::known). It takes 48 bytes of memory for each stored
 /// block and about 48 for each run of blocks that are alike or stored in order.
 pub struct Encoder<W> {
     out: W,
@@ -109,7 +47,7 @@ pub struct Encoder<W> {
     failed: bool,
     blocks: Vec<BlockRecord>,
     runs: Runs,
-    seen: Seen,
+    known: Known,
     catalog: Catalog,
 }
 
@@ -160,6 +98,14 @@ impl<W: Write> Encoder<W> {
                 (id, SystemTime::now())
             }
         };
+        let known = options.known.filter(|known| {
+            let fits = |link: &ParentLink| known.fits(options.block, link.id, link.seal);
+            // A longer chain cannot be opened.
+            ancestors < Chain::MOST_IMAGES as u32 && options.parent.as_ref().is_some_and(fits)
+        });
+        let refers = known.is_some();
+        let mut known = known.unwrap_or_else(|| Known::new(options.block, options.remembered));
+        known.begin(ancestors);
         let identity = Identity {
             version: VERSION,
             id,
@@ -167,6 +113,7 @@ impl<W: Write> Encoder<W> {
             created,
             block: options.block,
             ancestors,
+            refers,
         };
         let header = identity.encode();
         let mut encoder = Self {
@@ -178,7 +125,7 @@ impl<W: Write> Encoder<W> {
             failed: false,
             blocks: Vec::new(),
             runs: Runs::default(),
-            seen: Seen::new(options.remembered),
+            known,
             catalog: Catalog::default(),
         };
         encoder.put(Step::Header, header.as_bytes())?;
@@ -223,7 +170,7 @@ impl<W: Write> Encoder<W> {
                 Kind::Zero
             } else {
                 let digest = Digest::of(block);
-                match self.seen.get(&digest) {
+                match self.known.get(&digest) {
                     Some(number) => Kind::Data(number),
                     None => {
                         if fresh.end != n * size {
@@ -311,10 +258,20 @@ impl<W: Write> Encoder<W> {
     /// # Errors
     /// [`ImageError::Unfit`] if mappings and metadata take more than 64 MiB, or there are more
     /// blocks or runs than an index can have; [`ImageError::Write`], [`ImageError::Failed`].
-    pub fn finish(mut self) -> Result<(W, Written), ImageError> {
+    pub fn finish(self) -> Result<(W, Written), ImageError> {
+        self.finish_for_child().map(|(out, written, _)| (out, written))
+    }
+
+    /// As [`finish`](Self::finish), and says what the writer of a child has to
+    /// [know](WriterOptions::known) in order to store none of it again.
+    ///
+    /// # Errors
+    /// Those of [`finish`](Self::finish).
+    pub fn finish_for_child(mut self) -> Result<(W, Written, Known), ImageError> {
         self.usable()?;
         let written = self.put_index()?;
-        Ok((self.out, written))
+        self.known.complete(written.id, written.seal);
+        Ok((self.out, written, self.known))
     }
 
     fn put_index(&mut self) -> Result<Written, ImageError> {
@@ -328,24 +285,29 @@ impl<W: Write> Encoder<W> {
         for leaf in blocks.chunks(LEAF as usize) {
             root.extend_from_slice(self.put_leaf(leaf)?.as_bytes());
         }
-        let stored = blocks.len() as u64 * self.identity.block.bytes();
+        let stored = blocks.len() as u64;
         drop(blocks);
 
         footer.runs_at = self.offset.into();
-        let mut units = [0_u64; 4];
+        let mut units = [0_u64; KINDS.len()];
         let mut count = 0_u64;
         let runs = std::mem::take(&mut self.runs);
         let mut leaf = Vec::with_capacity(LEAF as usize);
-        let mut records = runs.iter().flat_map(records_of).peekable();
-        while let Some(record) = records.next() {
-            units[usize::from(record.kind)] += u64::from(record.count.get());
-            count += 1;
-            leaf.push(record);
-            if leaf.len() == LEAF as usize || records.peek().is_none() {
-                let digest = self.put_leaf(&leaf)?;
-                root.extend_from_slice(RunLeaf { first: leaf[0].first, digest }.as_bytes());
-                leaf.clear();
+        for (first, length, kind) in runs.iter() {
+            let mut done = 0;
+            while done < length {
+                let record = self.record_of(first + done, length - done, kind.skip(done));
+                done += u64::from(record.count.get());
+                units[usize::from(record.kind)] += u64::from(record.count.get());
+                count += 1;
+                leaf.push(record);
+                if leaf.len() == LEAF as usize {
+                    self.put_run_leaf(&mut leaf, &mut root)?;
+                }
             }
+        }
+        if !leaf.is_empty() {
+            self.put_run_leaf(&mut leaf, &mut root)?;
         }
         footer.runs = count.into();
 
@@ -368,18 +330,51 @@ impl<W: Write> Encoder<W> {
         footer.id = self.identity.id.bytes();
         footer.header = self.header;
         footer.file_len = (self.offset + FOOTER_LEN).into();
-        [footer.data, footer.zero, footer.poisoned, footer.gone] = units.map(Into::into);
+        [footer.data, footer.zero, footer.poisoned, footer.gone, footer.elsewhere] =
+            units.map(Into::into);
         footer.seal = footer.compute_seal();
         self.put(Step::Index, footer.as_bytes())?;
 
-        let size = self.identity.block.bytes();
-        let [data, zero, poisoned, gone] = units.map(|units| units.saturating_mul(size));
         Ok(Written {
             id: self.identity.id,
             seal: footer.seal,
             length: self.offset,
-            amounts: Amounts { data, zero, poisoned, gone, stored },
+            amounts: Amounts::new(units, stored, self.identity.block.bytes()),
         })
+    }
+
+    /// As much of a run as one record can say: at least one block.
+    fn record_of(&self, first: u64, count: u64, kind: Kind) -> RunRecord {
+        let mut record = RunRecord::new_zeroed();
+        record.first = first.into();
+        let mut most = u64::from(u32::MAX);
+        record.kind = match kind {
+            Kind::Zero => ZERO,
+            Kind::Poisoned => POISONED,
+            Kind::Gone => GONE,
+            Kind::Data(number) => {
+                let place = self.known.place(number);
+                most = most.min(place.more);
+                record.block = place.block.into();
+                let up = self.identity.ancestors - place.ancestors;
+                // No more than there may be images in a chain.
+                record.ancestor = (up as u16).into();
+                if up == 0 { DATA } else { ELSEWHERE }
+            }
+        };
+        record.count = (count.min(most) as u32).into();
+        record
+    }
+
+    fn put_run_leaf(
+        &mut self,
+        leaf: &mut Vec<RunRecord>,
+        root: &mut Vec<u8>,
+    ) -> Result<(), ImageError> {
+        let digest = self.put_leaf(leaf)?;
+        root.extend_from_slice(RunLeaf { first: leaf[0].first, digest }.as_bytes());
+        leaf.clear();
+        Ok(())
     }
 
     fn put_leaf<R: IntoBytes + Immutable>(&mut self, records: &[R]) -> Result<Digest, ImageError> {
@@ -396,8 +391,7 @@ impl<W: Write> Encoder<W> {
         record.encoding = PLAIN;
         record.digest = digest;
         self.blocks.push(record);
-        self.seen.insert(digest, number);
-        number
+        self.known.add(digest)
     }
 
     fn set(&mut self, range: ImageRange, kind: Kind) -> Result<(), ImageError> {
@@ -441,27 +435,6 @@ impl<W: Write> Encoder<W> {
         self.failed = true;
         ImageError::Write { path: self.path.clone(), step, offset: self.offset, error }
     }
-}
-
-/// A run as records: more than one if it is longer than a record can say.
-fn records_of((first, count, kind): (u64, u64, Kind)) -> impl Iterator<Item = RunRecord> {
-    const MOST: u64 = u32::MAX as u64;
-    let (content, block) = match kind {
-        Kind::Data(block) => (crate::Content::Data, block),
-        Kind::Zero => (crate::Content::Zero, 0),
-        Kind::Poisoned => (crate::Content::Poisoned, 0),
-        Kind::Gone => (crate::Content::Gone, 0),
-    };
-    let number = kind_of(content).expect("every kind of run has a number");
-    (0..count.div_ceil(MOST)).map(move |part| {
-        let before = part * MOST;
-        let mut record = RunRecord::new_zeroed();
-        record.first = (first + before).into();
-        record.count = ((count - before).min(MOST) as u32).into();
-        record.block = if content == crate::Content::Data { block + before } else { 0 }.into();
-        record.kind = number;
-        record
-    })
 }
 
 /// Whether all bytes are zero.

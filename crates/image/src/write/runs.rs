@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 /// What a run of blocks is.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
-    /// Stored, from the block with this number on.
+    /// Stored, from the block with this [number](super::Known) on.
     Data(u64),
     Zero,
     Poisoned,
@@ -14,7 +14,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// What lies so many blocks further on in a run of this.
-    fn skip(self, count: u64) -> Self {
+    pub(crate) fn skip(self, count: u64) -> Self {
         match self {
             Self::Data(block) => Self::Data(block + count),
             other => other,

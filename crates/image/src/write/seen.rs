@@ -31,7 +31,7 @@ type Generation = HashMap<Digest, u64, BuildHasherDefault<FirstBytes>>;
 
 /// The stored blocks that were used last. When it is full, the half that was used longest ago is
 /// forgotten.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Seen {
     /// Digests in each generation at most.
     limit: usize,

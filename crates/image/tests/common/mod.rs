@@ -8,7 +8,7 @@ use std::{
 };
 
 use pageferry_image::{
-    Encoder, Image, ImageId, ImageMapping, ImageRange, MappingFlags, Progress, Storage,
+    Encoder, Image, ImageId, ImageMapping, ImageRange, Known, MappingFlags, Progress, Storage,
     WriterOptions,
 };
 use pageferry_memory::{ImageOffset, PageSize};
@@ -57,6 +57,31 @@ pub fn open(bytes: Vec<u8>) -> Image {
 pub fn small() -> Vec<u8> {
     let (id, created) = identity(1);
     encode(options().identity(id, created), tell_small)
+}
+
+/// An image, and what the writer of its child has to know.
+pub fn encode_for_child(
+    options: WriterOptions,
+    tell: impl FnOnce(&mut Encoder<Vec<u8>>),
+) -> (Vec<u8>, Known) {
+    let mut encoder = Encoder::new(Vec::new(), "in memory", options).unwrap();
+    tell(&mut encoder);
+    let (bytes, _, known) = encoder.finish_for_child().unwrap();
+    (bytes, known)
+}
+
+/// The small image, and one that refers to its blocks: the same in every run. The second has one
+/// block of its own, and all there is of the first: two of its blocks, in three runs.
+pub fn small_referring() -> (Vec<u8>, Vec<u8>) {
+    let (id, created) = identity(1);
+    let (parent, known) = encode_for_child(options().identity(id, created), tell_small);
+    let (id, created) = identity(3);
+    let options = options().parent(&open(parent.clone()), "small.pfi").known(known);
+    let child = encode(options.identity(id, created), |encoder| {
+        encoder.write(at(0x101), &[page(8), page(9), page(7)].concat()).unwrap();
+        encoder.write(at(0x300), &[page(7), page(8), page(0)].concat()).unwrap();
+    });
+    (parent, child)
 }
 
 /// Another one, based on it.

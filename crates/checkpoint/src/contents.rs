@@ -8,12 +8,14 @@ use pageferry_process::{Mapping, MappingFlags, MappingName, Process, ProcessErro
 use pageferry_uffd::{HostAddress, HostRange, Pagemap, PagemapEntry, PagemapError};
 use rustix::{fs::SeekFrom, io::Errno};
 
-use crate::destination::{DestinationError, InProgress};
+use crate::{
+    destination::{DestinationError, InProgress},
+    populated::Populated,
+    ranges::{clip, union},
+};
 
 /// Bytes read at once.
 const PIECE: u64 = 1 << 20;
-/// Entries of the page map read at once.
-const ENTRIES: usize = 1 << 13;
 
 /// A mapping as an image keeps it.
 pub(crate) fn described(mapping: &Mapping) -> ImageMapping {
@@ -129,6 +131,8 @@ enum Kind {
     Zero,
     /// That it is the file's.
     File,
+    /// What the memory behind the mapping has there.
+    Behind,
 }
 
 fn kind(origin: Origin, entry: PagemapEntry) -> Kind {
@@ -138,7 +142,9 @@ fn kind(origin: Origin, entry: PagemapEntry) -> Kind {
         Origin::Zeros => Kind::Zero,
         Origin::File if own => Kind::Bytes,
         Origin::File => Kind::File,
-        Origin::Shared => Kind::Bytes,
+        // A private copy lies over what others may share.
+        Origin::Shared if own => Kind::Bytes,
+        Origin::Shared => Kind::Behind,
     }
 }
 
@@ -147,7 +153,7 @@ pub(crate) struct Reader<'a> {
     process: &'a Process,
     stands_still: bool,
     pagemap: Pagemap,
-    entries: Vec<PagemapEntry>,
+    populated: Populated,
     buffer: Vec<u8>,
     /// Of the mapping read last.
     extents: Option<Extents>,
@@ -160,8 +166,8 @@ pub(crate) struct Copied {
     pub(crate) bytes: u64,
     /// Bytes of broken memory.
     pub(crate) broken: u64,
-    /// Private memory that had bytes.
-    pub(crate) own: Vec<HostRange>,
+    /// What had bytes.
+    pub(crate) had: Vec<HostRange>,
     /// Ranges that could not be read: of a running process they may have gone.
     pub(crate) unread: Vec<HostRange>,
 }
@@ -173,7 +179,7 @@ impl<'a> Reader<'a> {
             process,
             stands_still,
             pagemap: Pagemap::open(process.pid().as_raw_nonzero().get().unsigned_abs())?,
-            entries: vec![PagemapEntry::from_bits(0); ENTRIES],
+            populated: Populated::default(),
             buffer: vec![0; PIECE as usize],
             extents: None,
         })
@@ -190,67 +196,92 @@ impl<'a> Reader<'a> {
         progress: &mut dyn FnMut(u64) -> bool,
     ) -> Result<(), Trouble> {
         let origin = origin(mapping);
-        if origin == Origin::Shared {
+        if origin == Origin::Shared && mapping.shared {
             return self.copy_file(mapping, range, image, copied, progress);
         }
-        let page = PageSize::base().bytes();
-        let mut at = range.start();
-        while at < range.end() {
-            let rest = HostRange::new(at, range.end().get() - at.get());
-            let count = self.pagemap.read_entries(rest, &mut self.entries)?;
-            if count == 0 {
-                // Beyond the end of the address space.
-                copied.unread.push(rest);
-                return Ok(());
-            }
-            let kinds: Vec<Kind> =
-                self.entries[..count].iter().map(|entry| kind(origin, *entry)).collect();
-            for run in kinds.chunk_by(|a, b| a == b) {
-                let run_range = HostRange::new(at, run.len() as u64 * page);
-                match run[0] {
+        let beyond = self.runs(
+            range,
+            |entry| kind(origin, entry),
+            |reader, kind, run| {
+                match kind {
                     Kind::Zero => {
-                        self.check_served(mapping, run_range)?;
-                        image.zero(run_range.into())?;
+                        reader.check_served(mapping, run)?;
+                        image.zero(run.into())?;
                     }
-                    Kind::File => image.gone(run_range.into())?,
+                    Kind::File => image.gone(run.into())?,
+                    Kind::Behind => {
+                        return reader.copy_file(mapping, run, image, copied, progress);
+                    }
                     Kind::Bytes => {
-                        copied.own.push(run_range);
-                        self.bytes(run_range, image, copied)?;
+                        copied.had.push(run);
+                        reader.bytes(mapping, run, image, copied)?;
                     }
                 }
-                at = run_range.end();
-                if !progress(run_range.len()) {
-                    return Err(Trouble::Stopped);
-                }
-            }
-        }
+                if progress(run.len()) { Ok(()) } else { Err(Trouble::Stopped) }
+            },
+        )?;
+        copied.unread.extend(beyond);
         Ok(())
     }
 
-    /// Adds the pages of `range` that are not there to `found`.
-    pub(crate) fn find_absent(
+    /// Adds to `found` what of `range`, whose bytes were copied once, may be discarded now.
+    pub(crate) fn find_discarded(
         &mut self,
+        mapping: &Mapping,
         range: HostRange,
         found: &mut Vec<HostRange>,
     ) -> Result<(), PagemapError> {
-        let page = PageSize::base().bytes();
+        if mapping.shared {
+            // What was discarded from memory that is shared is a hole in the file behind it.
+            let mut at = range.start();
+            while at < range.end() {
+                let rest = HostRange::new(at, range.end().get() - at.get());
+                let extents = self.extents(mapping);
+                let (has_data, len) = extents.at(mapping, rest);
+                let run = HostRange::new(at, len);
+                found.extend((!has_data || extents.file.is_none()).then_some(run));
+                at = run.end();
+            }
+            return Ok(());
+        }
+        let is_discarded: fn(PagemapEntry) -> bool = match origin(mapping) {
+            Origin::Zeros => |entry| !entry.present() && !entry.swapped(),
+            // The mark of a tracker reads like a page that is swapped out and protected.
+            Origin::File | Origin::Shared => |entry| {
+                let here = entry.present() && !entry.file();
+                !here && (!entry.swapped() || entry.uffd_wp())
+            },
+        };
+        self.runs(range, is_discarded, |_, discarded, run| {
+            found.extend(discarded.then_some(run));
+            Ok(())
+        })
+        .map(drop)
+    }
+
+    /// Tells `each` the stretches of `range` whose pages are of one kind, in order. Answers with
+    /// what lies beyond the end of the address space.
+    fn runs<K: Copy + PartialEq, E: From<PagemapError>>(
+        &mut self,
+        range: HostRange,
+        kind: impl Fn(PagemapEntry) -> K,
+        mut each: impl FnMut(&mut Self, K, HostRange) -> Result<(), E>,
+    ) -> Result<Option<HostRange>, E> {
         let mut at = range.start();
+        let mut found: Vec<(PagemapEntry, HostRange)> = Vec::new();
         while at < range.end() {
             let rest = HostRange::new(at, range.end().get() - at.get());
-            let count = self.pagemap.read_entries(rest, &mut self.entries)?;
-            if count == 0 {
-                return Ok(());
+            found.clear();
+            at = self.populated.look(&self.pagemap, rest, &mut found)?;
+            if at == rest.start() {
+                return Ok(Some(rest));
             }
-            let is_absent = |entry: &PagemapEntry| !entry.present() && !entry.swapped();
-            for run in self.entries[..count].chunk_by(|a, b| is_absent(a) == is_absent(b)) {
-                let run_range = HostRange::new(at, run.len() as u64 * page);
-                if is_absent(&run[0]) {
-                    found.push(run_range);
-                }
-                at = run_range.end();
+            for run in found.chunk_by(|a, b| kind(a.0) == kind(b.0)) {
+                let (start, end) = (run[0].1.start(), run[run.len() - 1].1.end());
+                each(self, kind(run[0].0), HostRange::new(start, end.get() - start.get()))?;
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Copies a range that is a file's, from the file's extents: holes are zero, and reading them
@@ -263,18 +294,14 @@ impl<'a> Reader<'a> {
         copied: &mut Copied,
         progress: &mut dyn FnMut(u64) -> bool,
     ) -> Result<(), Trouble> {
-        // Ranges come in order: what is known of the mapping serves for all of them.
-        if self.extents.as_ref().is_none_or(|known| known.of != mapping.range) {
-            self.extents = Some(Extents::of(self.process, mapping));
-        }
         let mut at = range.start();
         while at < range.end() {
             let rest = HostRange::new(at, range.end().get() - at.get());
-            let known = self.extents.as_mut().map(|extents| extents.at(mapping, rest));
-            let (has_data, len) = known.unwrap_or((true, rest.len()));
+            let (has_data, len) = self.extents(mapping).at(mapping, rest);
             let run = HostRange::new(at, len.min(if has_data { PIECE } else { u64::MAX }));
             if has_data {
-                self.bytes(run, image, copied)?;
+                copied.had.push(run);
+                self.bytes(mapping, run, image, copied)?;
             } else {
                 self.check_served(mapping, run)?;
                 image.zero(run.into())?;
@@ -287,17 +314,30 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
+    /// What is behind the mapping. Ranges come in order: it serves for all of a mapping.
+    fn extents(&mut self, mapping: &Mapping) -> &mut Extents {
+        let known = self.extents.take().filter(|known| known.of == mapping.range);
+        self.extents.insert(known.unwrap_or_else(|| Extents::of(self.process, mapping)))
+    }
+
     /// What could not be read of a process that stands still: there, it is broken memory; not
     /// there, it is no memory, as behind the end of a file.
     fn settle(
         &mut self,
+        mapping: &Mapping,
         page: HostRange,
         image: &mut dyn InProgress,
         copied: &mut Copied,
     ) -> Result<(), Trouble> {
         let mut entry = [PagemapEntry::from_bits(0)];
         let known = self.pagemap.read_entries(page, &mut entry)?;
-        if known == 1 && (entry[0].present() || entry[0].swapped()) {
+        let present = known == 1 && entry[0].present();
+        // Behind the end of a file there is no page, but there may be the mark of a tracker, which
+        // reads as a page that is swapped out.
+        let swapped = known == 1 && entry[0].swapped();
+        let swapped =
+            swapped && !(mapping.inode != 0 && self.extents(mapping).ends_before(mapping, page));
+        if present || swapped {
             image.poison(page.into())?;
             copied.broken += page.len();
         } else {
@@ -317,6 +357,7 @@ impl<'a> Reader<'a> {
 
     fn bytes(
         &mut self,
+        mapping: &Mapping,
         range: HostRange,
         image: &mut dyn InProgress,
         copied: &mut Copied,
@@ -334,7 +375,7 @@ impl<'a> Reader<'a> {
                 // One page at a time, until something can be read again.
                 let unread = HostRange::new(at, page);
                 if self.stands_still {
-                    self.settle(unread, image, copied)?;
+                    self.settle(mapping, unread, image, copied)?;
                 } else {
                     copied.unread.push(unread);
                 }
@@ -388,6 +429,13 @@ impl Extents {
         self.last = Some(extent);
         (extent.has_data, range.len().min(extent.end - offset))
     }
+
+    /// Whether the file is known to end before `range`.
+    fn ends_before(&self, mapping: &Mapping, range: HostRange) -> bool {
+        let offset = mapping.offset + (range.start().get() - mapping.range.start().get());
+        let length = self.file.as_ref().and_then(|file| file.metadata().ok());
+        length.is_some_and(|metadata| metadata.len() <= offset)
+    }
 }
 
 /// What is at an offset of a file, in whole pages. What nobody knows is taken for data: reading
@@ -412,52 +460,25 @@ fn extent(file: &File, offset: u64) -> Extent {
     }
 }
 
-/// The parts of `ranges` (ascending, not overlapping) inside `within`.
-pub(crate) fn clip(ranges: &[HostRange], within: HostRange) -> impl Iterator<Item = HostRange> {
-    let first = ranges.partition_point(|range| range.end() <= within.start());
-    ranges[first..]
-        .iter()
-        .take_while(move |range| range.start() < within.end())
-        .filter_map(move |range| {
-            let start = range.start().max(within.start());
-            HostRange::from_bounds(start, range.end().min(within.end()))
-        })
-        .filter(|range| !range.is_empty())
-}
-
 /// What of `ranges` lies in mappings that images have contents of. Both are in ascending order.
 pub(crate) fn taken_of(mappings: &[Mapping], ranges: &[HostRange]) -> Vec<HostRange> {
     let taken = mappings.iter().filter(|mapping| is_taken(mapping));
     taken.flat_map(|mapping| clip(ranges, mapping.range)).collect()
 }
 
-/// What of `before` is not in `now` any more. Both are ascending and do not overlap.
-pub(crate) fn lost(before: &[HostRange], now: &[HostRange]) -> Vec<HostRange> {
-    let mut lost = Vec::new();
-    for range in before {
-        let mut at = range.start();
-        for kept in clip(now, *range) {
-            if at < kept.start() {
-                lost.push(HostRange::new(at, kept.start().get() - at.get()));
-            }
-            at = kept.end();
-        }
-        if at < range.end() {
-            lost.push(HostRange::new(at, range.end().get() - at.get()));
-        }
-    }
-    lost
+/// Whether others may write to what an image has of this mapping.
+pub(crate) fn is_others_too(mapping: &Mapping) -> bool {
+    is_taken(mapping) && origin(mapping) == Origin::Shared
 }
 
-/// `changed`, and the same pages of files wherever else they are mapped shared: what is written
-/// through one mapping is changed in all of them.
+/// `changed`, and the same pages of files wherever else they are mapped: what is written through
+/// one shared mapping is changed in all of them, and in private ones where they have no copy yet.
 pub(crate) fn with_aliases(mappings: &[Mapping], changed: Vec<HostRange>) -> Vec<HostRange> {
-    let shared: Vec<&Mapping> =
-        mappings.iter().filter(|mapping| mapping.shared && is_taken(mapping)).collect();
+    let all_of: Vec<&Mapping> = mappings.iter().filter(|mapping| is_others_too(mapping)).collect();
     let same = |a: &Mapping, b: &Mapping| (a.device, a.inode) == (b.device, b.inode);
     let mut all = changed.clone();
-    for mapping in &shared {
-        for other in shared.iter().filter(|other| other.range != mapping.range) {
+    for mapping in all_of.iter().filter(|mapping| mapping.shared) {
+        for other in all_of.iter().filter(|other| other.range != mapping.range) {
             if !same(mapping, other) {
                 continue;
             }
@@ -475,23 +496,6 @@ pub(crate) fn with_aliases(mappings: &[Mapping], changed: Vec<HostRange>) -> Vec
         }
     }
     union(all)
-}
-
-/// Ascending, not overlapping, and no two of them adjacent.
-pub(crate) fn union(mut ranges: Vec<HostRange>) -> Vec<HostRange> {
-    ranges.retain(|range| !range.is_empty());
-    ranges.sort_by_key(|range| range.start());
-    let mut united: Vec<HostRange> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match united.last_mut() {
-            Some(last) if range.start() <= last.end() => {
-                let end = last.end().max(range.end());
-                *last = HostRange::new(last.start(), end.get() - last.start().get());
-            }
-            _ => united.push(range),
-        }
-    }
-    united
 }
 
 #[cfg(test)]
@@ -524,25 +528,6 @@ mod tests {
     }
 
     #[test]
-    fn clipped_and_united() {
-        let ranges = [range(2, 4), range(6, 8), range(9, 12)];
-        let inside: Vec<_> = clip(&ranges, range(3, 10)).collect();
-        assert_eq!(inside, [range(3, 4), range(6, 8), range(9, 10)]);
-        assert_eq!(clip(&ranges, range(4, 6)).count(), 0);
-        let mixed = vec![range(6, 8), range(1, 3), range(3, 5), range(7, 9), range(20, 20)];
-        assert_eq!(union(mixed), [range(1, 5), range(6, 9)]);
-    }
-
-    #[test]
-    fn what_is_gone_is_found() {
-        let before = [range(0, 10), range(20, 30), range(40, 41)];
-        let now = [range(2, 4), range(6, 25), range(28, 50)];
-        assert_eq!(lost(&before, &now), [range(0, 2), range(4, 6), range(25, 28)]);
-        assert_eq!(lost(&now, &now), []);
-        assert_eq!(lost(&before, &[]).len(), 3);
-    }
-
-    #[test]
     fn what_is_written_here_is_changed_there() {
         // The same file twice, at different offsets, and another one.
         let mappings = [shared(0, 10, 0, 7), shared(100, 110, 5, 7), shared(200, 210, 0, 8)];
@@ -550,5 +535,10 @@ mod tests {
         assert_eq!(changed, [range(4, 7), range(100, 102), range(200, 201)]);
         let back = with_aliases(&mappings, vec![range(104, 110)]);
         assert_eq!(back, [range(9, 10), range(104, 110)]);
+        // A private mapping shows what is written through a shared one, and not the other way.
+        let private = Mapping { shared: false, ..shared(300, 310, 0, 7) };
+        let mappings = [shared(0, 10, 0, 7), private];
+        let changed = with_aliases(&mappings, vec![range(4, 5), range(306, 307)]);
+        assert_eq!(changed, [range(4, 5), range(304, 305), range(306, 307)]);
     }
 }

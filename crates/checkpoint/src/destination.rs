@@ -7,7 +7,8 @@ use std::{
 };
 
 use pageferry_image::{
-    EXTENSION, Image, ImageError, ImageId, ImageMapping, ImageRange, ImageWriter, WriterOptions,
+    EXTENSION, Image, ImageError, ImageId, ImageMapping, ImageRange, ImageWriter, Known,
+    WriterOptions,
 };
 use pageferry_memory::{ImageOffset, PageSize};
 
@@ -36,7 +37,7 @@ pub struct Stored {
     pub data: u64,
     /// Bytes of memory that are zero, and take no room.
     pub zero: u64,
-    /// Bytes of page contents stored: equal ones once.
+    /// Bytes of page contents stored: equal ones once, and none that an image before has.
     pub stored: u64,
 }
 
@@ -48,6 +49,13 @@ pub trait Destination {
     ///
     /// Why that cannot be.
     fn begin(&mut self, head: Head) -> Result<Box<dyn InProgress + '_>, DestinationError>;
+
+    /// No other image follows: the chain is complete.
+    ///
+    /// # Errors
+    ///
+    /// It is not, as far as the other side knows. Images that were stored stay.
+    fn close(&mut self) -> Result<(), DestinationError>;
 }
 
 /// An image that is being made. What is said of it comes by ascending address, and nothing is said
@@ -97,6 +105,8 @@ pub struct Directory {
     next: u32,
     /// The newest image of this chain, and its file name.
     parent: Option<(Image, String)>,
+    /// What this chain has stored, from image to image.
+    known: Option<Known>,
 }
 
 const PREFIX: &str = "checkpoint-";
@@ -122,7 +132,7 @@ impl Directory {
                 next = next.max(number.saturating_add(1));
             }
         }
-        Ok(Self { directory, next, parent: None })
+        Ok(Self { directory, next, parent: None, known: None })
     }
 }
 
@@ -140,6 +150,11 @@ impl Destination for Directory {
     fn begin(&mut self, head: Head) -> Result<Box<dyn InProgress + '_>, DestinationError> {
         self.begin_with(head, PageSize::base(), None)
     }
+
+    /// Each image is complete by itself.
+    fn close(&mut self) -> Result<(), DestinationError> {
+        Ok(())
+    }
 }
 
 impl Directory {
@@ -151,6 +166,7 @@ impl Directory {
     /// The next image begins another chain.
     pub(crate) fn begin_chain(&mut self) {
         self.parent = None;
+        self.known = None;
     }
 
     /// As [`Destination::begin`], of other pages, and with an identity and a time from elsewhere.
@@ -165,6 +181,9 @@ impl Directory {
         let mut options = WriterOptions::new(page);
         if let Some((parent, name)) = &self.parent {
             options = options.parent(parent, name.clone());
+        }
+        if let Some(known) = self.known.take() {
+            options = options.known(known);
         }
         if let Some((id, created)) = identity {
             options = options.identity(id, created);
@@ -210,9 +229,10 @@ impl InProgress for InDirectory<'_> {
 
     fn finish(self: Box<Self>) -> Result<Stored, DestinationError> {
         let Self { writer, path, name, directory } = *self;
-        let written = writer.finish()?;
+        let (written, known) = writer.finish_for_child()?;
         let opened: Result<Image, ImageError> = Image::open(&path);
         directory.parent = Some((opened?, name));
+        directory.known = Some(known);
         directory.next = directory.next.saturating_add(1);
         Ok(Stored {
             place: path.display().to_string(),

@@ -18,6 +18,8 @@
 mod contents;
 mod destination;
 mod error;
+mod populated;
+mod ranges;
 mod remote;
 mod rounds;
 
@@ -25,5 +27,5 @@ pub use destination::{
     Destination, DestinationError, Directory, DirectoryError, Head, InProgress, Stored,
 };
 pub use error::{CheckpointError, Why};
-pub use remote::{Receiving, Remote};
+pub use remote::{Receiving, Remote, SendingError};
 pub use rounds::{Event, Options, Report, Round, checkpoint};

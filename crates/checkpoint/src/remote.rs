@@ -9,8 +9,8 @@ use std::{
 use pageferry_image::{ImageId, ImageMapping, ImageRange, MappingFlags};
 use pageferry_memory::{ImageOffset, PageSize};
 use pageferry_migrate::{
-    Endpoint, ImageDescription, ImageInProgress, ImageSender, ImageSink, MigrateError,
-    SenderOptions, SinkFailure,
+    Endpoint, ImageDescription, ImageInProgress, ImageSender, ImageSink, ImageStreamError,
+    MigrateError, SenderOptions, SinkFailure,
     core::{ImageCounts, ImageId as WireId},
 };
 use serde::{Deserialize, Serialize};
@@ -85,14 +85,38 @@ impl Remote {
         let sender = ImageSender::connect(endpoint, options)?;
         Ok(Self { sender, endpoint: endpoint.clone() })
     }
+}
 
-    /// Leaves the peer: both sides agree on how many images there were.
-    ///
-    /// # Errors
-    ///
-    /// They do not, or the connection has failed. What is stored stays.
-    pub fn close(self) -> Result<u64, DestinationError> {
-        Ok(self.sender.close()?.stored)
+/// An image could not be sent. Which one is the last that the peer has is for
+/// [`CheckpointError`](crate::CheckpointError) to say, with where that is.
+#[derive(Debug)]
+pub struct SendingError {
+    /// What went wrong, and what is left of it.
+    pub stream: ImageStreamError,
+}
+
+impl fmt::Display for SendingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ImageStreamError { image, in_doubt, error, .. } = &self.stream;
+        match image {
+            Some(id) if *in_doubt => {
+                write!(f, "image {id} was sent, whether it is stored is not known: {error}")
+            }
+            Some(id) => write!(f, "image {id} is not complete: {error}"),
+            None => write!(f, "{error}"),
+        }
+    }
+}
+
+impl std::error::Error for SendingError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.stream.source()
+    }
+}
+
+impl From<ImageStreamError> for SendingError {
+    fn from(stream: ImageStreamError) -> Self {
+        Self { stream }
     }
 }
 
@@ -104,14 +128,21 @@ impl Destination for Remote {
         let metadata = WireMetadata { created, entries: head.metadata };
         let mappings: Vec<WireMapping> = head.mappings.iter().map(WireMapping::of).collect();
         let id = ImageId::random()?;
-        self.sender.begin(&ImageDescription {
+        let image = ImageDescription {
             id: WireId(id.bytes()),
             parent: if head.round == 0 { None } else { self.sender.last_stored() },
             page_size: PageSize::base().bytes(),
             metadata: postcard::to_stdvec(&metadata)?,
             mappings: postcard::to_stdvec(&mappings)?,
-        })?;
+        };
+        self.sender.begin(&image).map_err(SendingError::from)?;
         Ok(Box::new(Sending { remote: self, id, finished: false }))
+    }
+
+    /// Both sides agree on how many images there were.
+    fn close(&mut self) -> Result<(), DestinationError> {
+        self.sender.close().map_err(SendingError::from)?;
+        Ok(())
     }
 }
 
@@ -142,11 +173,12 @@ impl InProgress for Sending<'_> {
             let zero = is_zero(&rest[..page.min(rest.len())]);
             let run = rest.chunks(page).take_while(|next| is_zero(next) == zero).map(<[u8]>::len);
             let (now, later) = rest.split_at(run.sum());
-            if zero {
-                self.remote.sender.zero(at, pages(now.len() as u64))?;
-            } else {
-                self.remote.sender.pages(at, now)?;
-            }
+            let sender = &mut self.remote.sender;
+            let sent = match zero {
+                true => sender.zero(at, pages(now.len() as u64)),
+                false => sender.pages(at, now),
+            };
+            sent.map_err(SendingError::from)?;
             at += now.len() as u64;
             rest = later;
         }
@@ -154,20 +186,23 @@ impl InProgress for Sending<'_> {
     }
 
     fn zero(&mut self, range: ImageRange) -> Result<(), DestinationError> {
-        Ok(self.remote.sender.zero(range.start().get(), pages(range.len()))?)
+        let sent = self.remote.sender.zero(range.start().get(), pages(range.len()));
+        Ok(sent.map_err(SendingError::from)?)
     }
 
     fn poison(&mut self, range: ImageRange) -> Result<(), DestinationError> {
-        Ok(self.remote.sender.poisoned(range.start().get(), pages(range.len()))?)
+        let sent = self.remote.sender.poisoned(range.start().get(), pages(range.len()));
+        Ok(sent.map_err(SendingError::from)?)
     }
 
     fn gone(&mut self, range: ImageRange) -> Result<(), DestinationError> {
-        Ok(self.remote.sender.gone(range.start().get(), pages(range.len()))?)
+        let sent = self.remote.sender.gone(range.start().get(), pages(range.len()));
+        Ok(sent.map_err(SendingError::from)?)
     }
 
     fn finish(mut self: Box<Self>) -> Result<Stored, DestinationError> {
         self.finished = true;
-        let counts = self.remote.sender.finish()?;
+        let counts = self.remote.sender.finish().map_err(SendingError::from)?;
         let bytes = |count: u64| count << PageSize::base().shift();
         Ok(Stored {
             place: format!("{} at {}", self.id, self.remote.endpoint),

@@ -12,6 +12,7 @@ use pageferry_uffd::HostRange;
 use crate::{
     CheckpointError, Destination, Head, Stored, Why,
     contents::{self, Copied, Reader, Trouble},
+    ranges,
 };
 
 /// In larger mappings the tracker does not tell of every page that came and went.
@@ -144,14 +145,18 @@ pub fn checkpoint(
         rounds: Vec::new(),
         taken: Vec::new(),
         again: Vec::new(),
-        own: Vec::new(),
+        had: Vec::new(),
         method: None,
     };
     let result = making.run(destination);
     result.map_err(|why| CheckpointError {
         round: making.rounds.len() as u32,
         last_complete: making.rounds.last().map(|round| round.stored.place.clone()),
-        why,
+        why: match (why, process.check()) {
+            // A file of a process that is no more says less.
+            (Why::Pagemap(_), Err(gone)) if gone.is_gone() => Why::Process(gone),
+            (why, _) => why,
+        },
     })
 }
 
@@ -165,8 +170,8 @@ struct Making<'a> {
     taken: Vec<HostRange>,
     /// What the round before could not read.
     again: Vec<HostRange>,
-    /// Private memory whose bytes were copied in any round.
-    own: Vec<HostRange>,
+    /// Memory whose bytes were copied in any round.
+    had: Vec<HostRange>,
     method: Option<Method>,
 }
 
@@ -184,9 +189,9 @@ impl Work {
 }
 
 /// What images have contents of, of these mappings.
-fn ranges(mappings: &[Mapping]) -> Vec<HostRange> {
-    let taken = mappings.iter().filter(|mapping| contents::is_taken(mapping));
-    contents::union(taken.map(|mapping| mapping.range).collect())
+fn taken(mappings: &[Mapping]) -> Vec<HostRange> {
+    let mappings = mappings.iter().filter(|mapping| contents::is_taken(mapping));
+    ranges::union(mappings.map(|mapping| mapping.range).collect())
 }
 
 /// One thing to say in an image.
@@ -199,7 +204,7 @@ enum Part<'a> {
 fn parts(work: &Work, gone: Vec<HostRange>) -> Vec<Part<'_>> {
     let taken = work.mappings.iter().filter(|mapping| contents::is_taken(mapping));
     let copies = taken.flat_map(|mapping| {
-        contents::clip(&work.changed, mapping.range).map(move |range| Part::Copy(mapping, range))
+        ranges::clip(&work.changed, mapping.range).map(move |range| Part::Copy(mapping, range))
     });
     let mut parts: Vec<Part<'_>> = gone.into_iter().map(Part::Gone).chain(copies).collect();
     parts.sort_by_key(|part| match part {
@@ -225,7 +230,7 @@ impl Making<'_> {
             })?;
             tracker = Some(attached);
         }
-        let left_stopped;
+        let held;
         if let Some(tracker) = &mut tracker {
             let work = self.everything()?;
             self.copy(destination, work, None)?;
@@ -235,12 +240,12 @@ impl Making<'_> {
                 let wholesale = contents::taken_of(&harvest.mappings, &harvest.wholesale);
                 // The mappings of a process that runs cannot be listed at one moment: the first
                 // round may have missed some that the tracker knew.
-                let missed = contents::lost(&ranges(&harvest.mappings), &self.taken);
-                let wholesale = contents::union([wholesale, missed.clone()].concat());
+                let missed = ranges::lost(&taken(&harvest.mappings), &self.taken);
+                let wholesale = ranges::union([wholesale, missed.clone()].concat());
                 let wholesale = wholesale.iter().map(|range| range.len()).sum();
                 let again = std::mem::take(&mut self.again);
                 let changed = [harvest.changed, again, missed].concat();
-                let changed = contents::taken_of(&harvest.mappings, &contents::union(changed));
+                let changed = contents::taken_of(&harvest.mappings, &ranges::union(changed));
                 let changed = contents::with_aliases(&harvest.mappings, changed);
                 let mut work = Work { mappings: harvest.mappings, changed, wholesale };
                 let enough = self.rounds.len() as u32 >= self.options.rounds
@@ -248,7 +253,7 @@ impl Making<'_> {
                 if enough {
                     self.retake(&mut work);
                     self.discarded(&mut work)?;
-                    left_stopped = self.copy(destination, work, Some((stopped, true)))?;
+                    held = self.copy(destination, work, Some((stopped, true)))?;
                     break;
                 }
                 self.copy(destination, work, Some((stopped, false)))?;
@@ -256,11 +261,14 @@ impl Making<'_> {
         } else {
             let stopped = self.process.stop_with(self.options.stop)?;
             let work = self.everything()?;
-            left_stopped = self.copy(destination, work, Some((stopped, true)))?;
+            held = self.copy(destination, work, Some((stopped, true)))?;
         }
         if let Some(tracker) = tracker {
             tracker.detach()?;
         }
+        destination.close().map_err(Why::Destination)?;
+        // Last of all: whatever fails before, the process goes on.
+        let left_stopped = held.map(Stopped::leave_stopped).transpose()?;
         Ok(Report {
             attach,
             method: self.method,
@@ -277,17 +285,17 @@ impl Making<'_> {
     /// All that is mapped.
     fn everything(&self) -> Result<Work, Why> {
         let mappings = self.process.mappings(Detail::Full)?;
-        let changed = ranges(&mappings);
+        let changed = taken(&mappings);
         Ok(Work { mappings, changed, wholesale: 0 })
     }
 
-    /// Shared memory, all of it, if that is asked for.
+    /// What others may have written to, all of it, if that is asked for.
     fn retake(&self, work: &mut Work) {
         if self.options.retake_shared {
-            let shared = |mapping: &&Mapping| mapping.shared && contents::is_taken(mapping);
-            let ranges = work.mappings.iter().filter(shared).map(|mapping| mapping.range);
+            let shared = work.mappings.iter().filter(|mapping| contents::is_others_too(mapping));
+            let ranges = shared.map(|mapping| mapping.range);
             let all = work.changed.iter().copied().chain(ranges).collect();
-            work.changed = contents::union(all);
+            work.changed = ranges::union(all);
         }
     }
 
@@ -296,9 +304,9 @@ impl Making<'_> {
     /// [`ProcessTracker`]).
     fn discarded(&self, work: &mut Work) -> Result<(), Why> {
         let untold = |mapping: &&Mapping| {
-            !mapping.shared
-                && contents::is_taken(mapping)
-                && (self.method == Some(Method::SoftDirty)
+            contents::is_taken(mapping)
+                && (mapping.shared
+                    || self.method == Some(Method::SoftDirty)
                     || mapping.range.len() > TOLD_UP_TO
                     || !mapping.permissions.read
                     || !mapping.is_anonymous())
@@ -306,12 +314,12 @@ impl Making<'_> {
         let mut found = Vec::new();
         let mut reader = Reader::new(self.process, true)?;
         for mapping in work.mappings.iter().filter(untold) {
-            for range in contents::clip(&self.own, mapping.range) {
-                reader.find_absent(range, &mut found)?;
+            for range in ranges::clip(&self.had, mapping.range) {
+                reader.find_discarded(mapping, range, &mut found)?;
             }
         }
         let all = work.changed.iter().copied().chain(found).collect();
-        work.changed = contents::union(all);
+        work.changed = ranges::union(all);
         Ok(())
     }
 
@@ -324,13 +332,14 @@ impl Making<'_> {
     }
 
     /// Makes the image of a round. A process that is stopped goes on before anything is copied,
-    /// or, in the last round, when everything has been read.
-    fn copy(
+    /// or, in the last round, when everything has been read; unless it is to be left stopped: then
+    /// this answers with it.
+    fn copy<'s>(
         &mut self,
         destination: &mut dyn Destination,
         work: Work,
-        stopped: Option<(Stopped<'_>, bool)>,
-    ) -> Result<Option<StopMethod>, Why> {
+        stopped: Option<(Stopped<'s>, bool)>,
+    ) -> Result<Option<Stopped<'s>>, Why> {
         let begun = Instant::now();
         let round = self.rounds.len() as u32;
         let last = matches!(stopped, Some((_, true)));
@@ -348,10 +357,10 @@ impl Making<'_> {
         self.tell(Event::Copying { round, bytes: changed, last })?;
         let mut image =
             destination.begin(self.head(&work, round, last)).map_err(Why::Destination)?;
-        let now = ranges(&work.mappings);
+        let now = taken(&work.mappings);
         let mut reader = Reader::new(self.process, last)?;
         let mut copied = Copied::default();
-        for part in parts(&work, contents::lost(&self.taken, &now)) {
+        for part in parts(&work, ranges::lost(&self.taken, &now)) {
             match part {
                 Part::Gone(range) => image.gone(range.into()).map_err(Why::Destination)?,
                 Part::Copy(mapping, range) => {
@@ -363,12 +372,12 @@ impl Making<'_> {
         }
         // It may have gone while it was to be read; the next round knows.
         self.again = copied.unread;
-        self.own = contents::union([std::mem::take(&mut self.own), copied.own].concat());
-        let mut left_stopped = None;
+        self.had = ranges::union([std::mem::take(&mut self.had), copied.had].concat());
+        let mut held = None;
         if let Some(stopped) = stopped {
             if self.options.leave_stopped {
                 still = stopped.since().elapsed();
-                left_stopped = Some(stopped.leave_stopped()?);
+                held = Some(stopped);
             } else {
                 still = stopped.resume()?;
             }
@@ -389,7 +398,7 @@ impl Making<'_> {
         };
         self.rounds.push(round.clone());
         self.tell(Event::Completed(Box::new(round)))?;
-        Ok(left_stopped)
+        Ok(held)
     }
 
     fn head(&self, work: &Work, round: u32, last: bool) -> Head {

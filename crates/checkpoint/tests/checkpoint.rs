@@ -5,10 +5,11 @@ mod common;
 use std::{ops::ControlFlow, path::Path};
 
 use common::Target;
-use pageferry_checkpoint::{Directory, Event, Options, Why, checkpoint};
+use pageferry_checkpoint::{Directory, Event, Options, Receiving, Remote, Why, checkpoint};
 use pageferry_dirty::{self as dirty, Ability, Method, probe};
 use pageferry_image::{Chain, Content, ImageRange, Missing, list};
 use pageferry_memory::ImageOffset;
+use pageferry_migrate::{Endpoint, ImageReceiver, ReceiverOptions, SenderOptions, Stop};
 use pageferry_process::{Detail, Mapping, MappingName, Process, Signal, StopMethod};
 use pageferry_uffd::{HostAddress, HostRange, Pagemap, PagemapEntry};
 
@@ -64,7 +65,11 @@ fn compare_page(
     let offset = ImageOffset::new(at.get());
     let content = chain.extent_at(offset).unwrap().content;
     if content == Content::Absent {
-        // Only what lies in a file that stays where it is.
+        // Only what lies in a file that stays where it is, and what cannot be read at all because
+        // it is behind the end of one.
+        if process.read_memory_exact(at, &mut [0; 4096]).is_err() {
+            return false;
+        }
         assert!(
             matches!(mapping.name, MappingName::File { deleted: false, .. }),
             "{at} of {mapping:?} is not in the chain"
@@ -124,6 +129,50 @@ fn it_is_the_memory_at_the_last_stop() {
             process.signal(Signal::CONT).unwrap();
             target.assert_runs();
         }
+    }
+}
+
+/// What is taken again because nobody can tell whether it has changed, and has not, is not stored
+/// again: in a directory, and where the images come from elsewhere.
+#[test]
+fn what_has_not_changed_is_stored_once_in_a_chain() {
+    if !can_track(None) {
+        return;
+    }
+    let target = Target::start("writes");
+    let folder = tempfile::tempdir().unwrap();
+    let (here, there) = (folder.path().join("here"), folder.path().join("there"));
+    let options = Options {
+        rounds: 2,
+        downtime: Default::default(),
+        retake_shared: true,
+        ..Options::default()
+    };
+    let mut destination = Directory::open(&here).unwrap();
+    checkpoint(&target.process(), &mut destination, &options, &mut silent).unwrap();
+
+    let endpoint: Endpoint = "127.0.0.1:0".parse().unwrap();
+    let receiver = ImageReceiver::listen(&endpoint, ReceiverOptions::default()).unwrap();
+    let address = receiver.local_endpoint();
+    let mut sink = Receiving::new(Directory::open(&there).unwrap());
+    std::thread::scope(|scope| {
+        let received =
+            scope.spawn(|| receiver.serve_one(&mut sink, &mut |_| (), &Stop::new().unwrap()));
+        let mut remote = Remote::connect(address, SenderOptions::default()).unwrap();
+        checkpoint(&target.process(), &mut remote, &options, &mut silent).unwrap();
+        // It is gone: nobody waits for more.
+        drop(remote);
+        received.join().unwrap().unwrap();
+    });
+
+    for directory in [here, there] {
+        let chain = verify(&directory);
+        let amounts = chain.newest().info().amounts;
+        // Of 4 MiB, mapped twice, the second half of what has been written at all is not written
+        // any more.
+        assert!(amounts.elsewhere >= 2 * (3 << 19), "{}: {amounts:?}", directory.display());
+        assert!(amounts.data >= amounts.stored + amounts.elsewhere, "{amounts:?}");
+        assert!(chain.images()[2].info().amounts.elsewhere == 0, "the first has none before it");
     }
 }
 
@@ -369,6 +418,61 @@ fn a_directory_that_is_removed() {
     target.assert_runs();
 }
 
+/// What a process wrote over a file of which nothing else is left; what shows through from a shared
+/// mapping of the same file; and what is behind a file's end.
+#[test]
+fn private_copies_over_files_and_what_shows_through() {
+    if !can_track(None) {
+        return;
+    }
+    let methods = [None, Some(Method::WpAsync), Some(Method::WpBlocking), Some(Method::SoftDirty)];
+    for (rounds, method) in methods.into_iter().map(|method| (3, method)).chain([(0, None)]) {
+        if !can_track(method) {
+            continue;
+        }
+        let target = Target::start("layers");
+        let process = target.process();
+        let directory = tempfile::tempdir().unwrap();
+        let mut destination = Directory::open(directory.path()).unwrap();
+        let options = Options {
+            rounds,
+            downtime: Default::default(),
+            method,
+            leave_stopped: true,
+            ..Options::default()
+        };
+        let report = checkpoint(&process, &mut destination, &options, &mut silent).unwrap();
+        let chain = verify(directory.path());
+        assert!(compare(&process, &chain) > 100);
+        let broken: u64 = report.rounds.iter().map(|round| round.broken).sum();
+        assert_eq!(broken, 0, "{method:?}: there is no broken memory");
+    }
+}
+
+/// Without room for the last image the process goes on, though it was to be left stopped.
+#[test]
+fn a_full_disk_leaves_nobody_stopped() {
+    if !can_track(None) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let Some(_disk) = common::disk::small_disk(directory.path(), 4 << 20) else { return };
+    let mut target = Target::start("writes");
+    let mut destination = Directory::open(directory.path()).unwrap();
+    let options = Options { rounds: 0, leave_stopped: true, ..Options::default() };
+    let error = checkpoint(&target.process(), &mut destination, &options, &mut silent).unwrap_err();
+    assert!(matches!(error.why, Why::Destination(_)), "{error}");
+    target.assert_runs();
+    // Nor does somebody who ends it when the image is complete.
+    let directory = tempfile::tempdir().unwrap();
+    let mut destination = Directory::open(directory.path()).unwrap();
+    let mut ends = |event| !matches!(event, Event::Completed(_));
+    let error = checkpoint(&target.process(), &mut destination, &options, &mut ends).unwrap_err();
+    assert!(matches!(error.why, Why::Stopped), "{error}");
+    verify(directory.path());
+    target.assert_runs();
+}
+
 /// Without room for the next image, the one before stays, and the process goes on.
 #[test]
 fn a_full_disk() {
@@ -376,7 +480,7 @@ fn a_full_disk() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let Some(_mount) = common::small_disk(directory.path(), 64 << 20) else { return };
+    let Some(_mount) = common::disk::small_disk(directory.path(), 64 << 20) else { return };
     let mut target = Target::start("writes");
     let mut destination = Directory::open(directory.path()).unwrap();
     let options = Options { rounds: 50, downtime: Default::default(), ..Options::default() };

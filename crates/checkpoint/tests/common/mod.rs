@@ -2,9 +2,14 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 
+pub mod disk;
+
 use std::{
     io::{BufRead, BufReader, Write as _},
-    os::unix::process::CommandExt as _,
+    os::{
+        fd::{AsFd as _, BorrowedFd},
+        unix::process::CommandExt as _,
+    },
     process::{Child, ChildStdout, Command, Stdio},
     sync::{
         Arc,
@@ -16,6 +21,7 @@ use pageferry_memory::{Advice, Mapping, MemoryFile, MemoryFileKind};
 use pageferry_process::{Pid, Process};
 use pageferry_testing::child;
 use pageferry_uffd::{HostAddress, HostRange};
+use rustix::mm::{MapFlags, ProtFlags};
 
 /// What a target does, by the name of its case.
 pub fn run_as_target(case: &str) -> ! {
@@ -24,6 +30,7 @@ pub fn run_as_target(case: &str) -> ! {
         "maps" => writes(true),
         "discards" => discards(),
         "execs" => execs(),
+        "layers" => layers(),
         "waits" => loop {
             std::thread::park();
         },
@@ -104,6 +111,55 @@ fn discards() -> ! {
         memory.write_at(page * 4096, &turn.to_ne_bytes()).unwrap();
         let other = HostAddress::new(start + random.below(512) * 1000 * 4096);
         memory.advise(HostRange::new(other, 4096), Advice::DontNeed).unwrap();
+    }
+    unreachable!("it ends with its parent")
+}
+
+/// Private copies over files without a name, and memory behind the end of one; a shared mapping of
+/// such a file is written all the time.
+fn layers() -> ! {
+    const LEN: u64 = 16 * 4096;
+    let map = |file: BorrowedFd<'_>, flags| -> HostAddress {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping somewhere, which stays as long as the process.
+        let at = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), LEN as usize, protection, flags, file, 0)
+        };
+        HostAddress::from_ptr(at.unwrap())
+    };
+    let write = |at: HostAddress, page: u64, byte: u8| {
+        let to = (at.get() + page * 4096) as *mut u8;
+        // SAFETY: a page of one of the mappings above, which nobody has a reference to.
+        unsafe { to.write_bytes(byte, 4096) };
+    };
+    let discard = |at: HostAddress, page: u64, how: rustix::mm::Advice| {
+        let at = (at.get() + page * 4096) as *mut std::ffi::c_void;
+        // SAFETY: as above.
+        unsafe { rustix::mm::madvise(at, 4096, how) }.unwrap();
+    };
+    // Copies over holes, of which the file never hears.
+    let sparse = tempfile::tempfile_in(std::env::current_dir().unwrap()).unwrap();
+    sparse.set_len(LEN).unwrap();
+    let copies = map(sparse.as_fd(), MapFlags::PRIVATE);
+    write(copies, 2, 0xbb);
+    let file = MemoryFile::create("layers", LEN, MemoryFileKind::Normal).unwrap();
+    let shared = map(file.fd(), MapFlags::SHARED);
+    let private = map(file.fd(), MapFlags::PRIVATE);
+    for page in 0..8 {
+        write(shared, page, 0x11);
+    }
+    write(private, 1, 0x22);
+    let short = MemoryFile::create("short", 4096, MemoryFileKind::Normal).unwrap();
+    write(map(short.fd(), MapFlags::SHARED), 0, 0x33);
+    println!("target ready");
+    for turn in 0_u64.. {
+        write(shared, turn % 8, turn as u8);
+        write(copies, 9 + turn % 3, turn as u8);
+        // Written, and discarded again: holes in the file, and copies that are given up.
+        write(shared, 8 + turn % 5, turn as u8);
+        discard(shared, 8 + (turn + 3) % 5, rustix::mm::Advice::LinuxRemove);
+        write(private, 3 + turn % 7, turn as u8);
+        discard(private, 3 + (turn + 2) % 7, rustix::mm::Advice::LinuxDontNeed);
     }
     unreachable!("it ends with its parent")
 }
@@ -191,32 +247,5 @@ impl Drop for Target {
 pub fn target() {
     if let Some(case) = child::case() {
         run_as_target(&case);
-    }
-}
-
-/// A file system of this size, unmounted on drop.
-pub struct SmallDisk<'a>(&'a std::path::Path);
-
-pub fn small_disk(at: &std::path::Path, bytes: u64) -> Option<SmallDisk<'_>> {
-    let options = format!("size={bytes}");
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(at).output();
-    match mounted {
-        Ok(output) if output.status.success() => Some(SmallDisk(at)),
-        _ => {
-            println!("skipped: needs the right to mount a tmpfs");
-            None
-        }
-    }
-}
-
-impl Drop for SmallDisk<'_> {
-    fn drop(&mut self) {
-        let unmounted = Command::new("umount").arg("-l").arg(self.0).status();
-        assert!(
-            unmounted.is_ok_and(|status| status.success()),
-            "{} is left mounted",
-            self.0.display()
-        );
     }
 }

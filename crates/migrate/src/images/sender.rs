@@ -277,12 +277,13 @@ impl ImageSender {
         self.send(&[])
     }
 
-    /// Leaves: both sides agree on how many images there were. Returns that.
+    /// Ends the sequence: both sides agree on how many images there were. Returns that. What is left to do
+    /// is to drop the sender.
     ///
     /// # Errors
     /// [`ProtocolError::Unexpected`] if an image has begun, [`ProtocolError::ImagesMismatch`] if
     /// the receiver counted otherwise; and if the connection has failed. What is stored stays.
-    pub fn close(mut self) -> Result<ImageTotals, ImageStreamError> {
+    pub fn close(&mut self) -> Result<ImageTotals, ImageStreamError> {
         let totals = self.state()?.session.totals();
         self.frame(&Frame::Complete(totals.into()))?;
         self.flush()?;

@@ -5,9 +5,9 @@ use std::{io::IsTerminal as _, num::NonZeroU32, path::PathBuf, time::Duration};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use pageferry::{
-    checkpoint::{self, Destination, Directory, Event, Options, Remote, Round, Why},
-    migrate::{Endpoint, ImageStreamError, SenderOptions},
-    process::{StopMethod, StopOptions},
+    checkpoint::{self, Destination, Directory, Event, Options, Remote, Round, SendingError, Why},
+    migrate::{Endpoint, SenderOptions},
+    process::{ProcessError, StopMethod, StopOptions},
 };
 use serde::Serialize;
 
@@ -203,13 +203,6 @@ impl To {
             Self::Peer(remote) => remote,
         }
     }
-
-    fn close(self) -> Result<(), checkpoint::DestinationError> {
-        match self {
-            Self::Directory(_) => Ok(()),
-            Self::Peer(remote) => remote.close().map(|_| ()),
-        }
-    }
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
@@ -244,7 +237,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         Ok(report) => report,
         Err(error) => return Err(failure(error, context)),
     };
-    to.close().map_err(|error| Failure::source_lost(format!("ending the connection: {error}")))?;
     let stopped = report.rounds.iter().map(|round| round.stopped).sum::<Duration>() + report.attach;
     let last = report.rounds.last().context("a checkpoint has a last round")?;
     if context.output.json() {
@@ -315,6 +307,15 @@ fn say(event: &Event, args: &Args, context: &Context, bar: &ProgressBar) -> std:
     Ok(())
 }
 
+/// Whether it is of something that the host, or the permission to use it, lacks.
+fn is_missing(why: &Why) -> bool {
+    match why {
+        Why::Tracking(error) => dirty::is_missing(error),
+        Why::Process(error) => matches!(error, ProcessError::NotPermitted { .. }),
+        _ => false,
+    }
+}
+
 /// The exit code that belongs to what happened.
 fn failure(error: checkpoint::CheckpointError, context: &Context) -> anyhow::Error {
     match (&error.why, context.signals.caught()) {
@@ -325,10 +326,14 @@ fn failure(error: checkpoint::CheckpointError, context: &Context) -> anyhow::Err
             };
             anyhow::Error::new(Failure::interrupted(signal)).context(last)
         }
-        (Why::Destination(why), _) if why.is::<ImageStreamError>() => {
+        (Why::Destination(why), _) if why.is::<SendingError>() => {
             Failure::source_lost(error.to_string()).into()
         }
-        _ if dirty::is_missing(&error) => Failure::missing(error.to_string()).into(),
-        _ => error.into(),
+        (Why::Tracking(why), _) if dirty::is_untouchable(why) => anyhow::anyhow!(
+            "{error}; with --rounds 0 it is not tracked, and stands still for all of it"
+        ),
+        (why, _) if is_missing(why) => Failure::missing(error.to_string()).into(),
+        // It says its cause in its middle, where it would not be seen that it has been said.
+        _ => anyhow::Error::msg(error.to_string()),
     }
 }

@@ -175,7 +175,8 @@ fn main() -> ExitCode {
     eprintln!("pageferry: {text}");
     if output.json() {
         let report = ErrorReport { error: text, exit_code: exit.code() };
-        if let Err(error) = output.write_json(&report) {
+        // On one line: of some commands it ends a stream of lines.
+        if let Err(error) = output.write_json_line(&report) {
             eprintln!("pageferry: writing to standard output: {error}");
         }
     }

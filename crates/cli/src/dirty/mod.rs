@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Context as _;
 use pageferry::{
-    dirty::{self, AttachOptions, ProcessTrackError, ProcessTracker},
+    dirty::{self, AttachOptions, DirtyError, ProcessTrackError, ProcessTracker},
     process::{self, MappingName, Pid, Process, ProcessError},
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -62,10 +62,11 @@ pub(crate) struct Args {
     method: Method,
 }
 
-/// Without end there would be samples and nothing else.
+/// Too short, and there would be samples and nothing else.
 fn parse_interval(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(interval) if interval < Duration::from_millis(1) => Err("at least 1ms".into()),
+        Ok(interval) if interval > Duration::from_secs(86_400) => Err("at most 1day".into()),
         Ok(interval) => Ok(interval),
         Err(error) => Err(error.to_string()),
     }
@@ -107,20 +108,39 @@ pub(crate) fn open(pid: NonZeroU32) -> anyhow::Result<Process> {
 }
 
 /// Whether an error is of something that the host, or the permission to use it, lacks.
-pub(crate) fn is_missing(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        let denied = matches!(error.downcast_ref(), Some(ProcessError::NotPermitted { .. }));
-        if denied || matches!(error.downcast_ref(), Some(ProcessTrackError::NoMethod(..))) {
-            return true;
-        }
-        next = error.source();
-    }
-    false
+pub(crate) fn is_missing(error: &ProcessTrackError) -> bool {
+    matches!(
+        error,
+        ProcessTrackError::NoMethod(_)
+            | ProcessTrackError::Process(ProcessError::NotPermitted { .. })
+            | ProcessTrackError::Dirty(DirtyError::Missing { .. } | DirtyError::Open { .. })
+    )
+}
+
+/// Whether no system call could be made in the name of a process, which only the way to a userfaultfd
+/// takes.
+pub(crate) fn is_untouchable(error: &ProcessTrackError) -> bool {
+    matches!(
+        error,
+        ProcessTrackError::Process(
+            ProcessError::Confined { .. }
+                | ProcessError::Bits32 { .. }
+                | ProcessError::Dispatches { .. }
+                | ProcessError::NoInstruction { .. }
+        )
+    )
 }
 
 fn fail(error: ProcessTrackError) -> anyhow::Error {
-    if is_missing(&error) { Failure::missing(error.to_string()).into() } else { error.into() }
+    if is_missing(&error) {
+        Failure::missing(error.to_string()).into()
+    } else if is_untouchable(&error) {
+        anyhow::anyhow!(
+            "{error}; where the kernel has soft-dirty bits, --method soft-dirty works without"
+        )
+    } else {
+        error.into()
+    }
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
@@ -142,7 +162,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     }
     let mut screen = if live { Some(Screen::open()?) } else { None };
     let begun = Instant::now();
-    let end = args.duration.map(|duration| begun + duration);
+    // What is too long for a clock has no end.
+    let end = args.duration.and_then(|duration| begun.checked_add(duration));
     let mut next = begun;
     let mut samples = Samples::default();
     let mut last: Option<Sample> = None;

@@ -21,6 +21,9 @@ pub(super) struct Heading {
     pub(super) why: String,
 }
 
+/// Columns from which on there is room for everything.
+const WIDE: u16 = 110;
+
 /// Draws `sample`, the mappings that were written most at the top.
 pub(super) fn draw(frame: &mut Frame<'_>, heading: &Heading, samples: &Samples, sample: &Sample) {
     let areas = Layout::vertical([
@@ -56,25 +59,29 @@ pub(super) fn draw(frame: &mut Frame<'_>, heading: &Heading, samples: &Samples, 
         let written = |m: &MappingSample| (m.written_pages, m.dirty_set_bytes);
         written(b).cmp(&written(a)).then(a.start.cmp(&b.start))
     });
+    // Where there is little room, which mapping it is counts for more.
+    let wide = frame.area().width >= WIDE;
     let rows = mappings.iter().map(|mapping| {
-        Row::new([
+        let mut cells = vec![
             Cell::from(name(mapping)),
             Cell::from(size::display(mapping.end - mapping.start)),
             Cell::from(format!("{}/s", size::display(mapping.bytes_per_s as u64))),
             Cell::from(size::display(mapping.dirty_set_bytes)),
-            Cell::from(spark(&samples.rates(mapping.start))),
-            Cell::from(heat(mapping)),
-        ])
+        ];
+        if wide {
+            cells.push(Cell::from(spark(&samples.rates(mapping.start))));
+        }
+        cells.push(Cell::from(heat(mapping, if wide { 1 } else { 2 })));
+        Row::new(cells)
     });
-    let widths = [
-        Constraint::Fill(1),
-        Constraint::Length(10),
-        Constraint::Length(12),
-        Constraint::Length(10),
-        Constraint::Length(16),
-        Constraint::Length(32),
-    ];
-    let header = Row::new(["mapping", "size", "written", "dirty set", "rate", "where"]).bold();
+    let (widths, titles): (&[u16], &[&str]) = if wide {
+        (&[10, 12, 10, 16, 32], &["mapping", "size", "written", "dirty set", "rate", "where"])
+    } else {
+        (&[10, 12, 10, 16], &["mapping", "size", "written", "dirty set", "where"])
+    };
+    let widths = widths.iter().map(|width| Constraint::Length(*width));
+    let widths = std::iter::once(Constraint::Fill(1)).chain(widths);
+    let header = Row::new(titles.iter().copied()).bold();
     frame.render_widget(Table::new(rows, widths).header(header), areas[2]);
     frame.render_widget(Paragraph::new("q or Ctrl-C: end".dim()), areas[3]);
 }
@@ -101,8 +108,10 @@ fn spark(rates: &[u64]) -> String {
 }
 
 /// The mapping from its start to its end: the more of a part was written, the brighter.
-fn heat(mapping: &MappingSample) -> Line<'static> {
-    let cells = mapping.heat.len().max(1) as u64;
+/// Each character is for so many of the parts.
+fn heat(mapping: &MappingSample, parts: usize) -> Line<'static> {
+    let heat: Vec<u64> = mapping.heat.chunks(parts).map(|parts| parts.iter().sum()).collect();
+    let cells = heat.len().max(1) as u64;
     let pages = (mapping.end - mapping.start) / crate::bench::case::PAGE as u64;
     let most = pages.div_ceil(cells).max(1);
     let shades = [Color::DarkGray, Color::Blue, Color::Magenta, Color::Red, Color::Yellow];
@@ -114,7 +123,7 @@ fn heat(mapping: &MappingSample) -> Line<'static> {
         // Not by colour alone: for those who see none, and for copies of the text.
         Span::styled(["·", "░", "▒", "▓", "█"][shade], Style::default().fg(shades[shade]))
     };
-    mapping.heat.iter().map(cell).collect::<Vec<_>>().into()
+    heat.iter().map(cell).collect::<Vec<_>>().into()
 }
 
 #[cfg(test)]

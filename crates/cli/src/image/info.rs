@@ -114,9 +114,11 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     line(
         "data",
         format!(
-            "{}, of which {} stored; {} zero, {} with memory errors, {} no longer there",
+            "{}, of which {} stored, {} in images before; {} zero, {} with memory errors, {} no \
+             longer there",
             size::display(amounts.data),
             size::display(amounts.stored),
+            size::display(amounts.elsewhere),
             size::display(amounts.zero),
             size::display(amounts.poisoned),
             size::display(amounts.gone),

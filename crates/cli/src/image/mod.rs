@@ -73,6 +73,8 @@ struct Described {
     gone_bytes: u64,
     /// Of the data, each block once.
     stored_bytes: u64,
+    /// Of the data, what images that it is based on have stored.
+    elsewhere_bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -100,6 +102,7 @@ impl Described {
             poisoned_bytes: info.amounts.poisoned,
             gone_bytes: info.amounts.gone,
             stored_bytes: info.amounts.stored,
+            elsewhere_bytes: info.amounts.elsewhere,
         }
     }
 }

@@ -1,10 +1,12 @@
-//! A process that writes all the time: this test binary, run again. It has to have a test named
-//! `writer` that calls [`run`].
+//! A process that writes all the time, and does what it is told to: this test binary, run again. It
+//! has to have a test named `writer` that calls [`run`].
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::{
     hint::black_box,
-    io::{BufRead as _, BufReader},
-    process::{Child, ChildStdout, Command, Stdio},
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::process::CommandExt as _,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     thread,
     time::Duration,
 };
@@ -15,6 +17,7 @@ use super::common::{host::is_root, wait_for};
 
 const CASE: &str = "PAGEFERRY_WRITER";
 const READY: &str = "the writer is ready";
+const DONE: &str = "the writer obeys";
 
 /// Pages that are written again and again, at the start of [`PAGES`].
 pub(crate) const HOT: usize = 256;
@@ -30,6 +33,7 @@ pub(crate) fn run() {
         memory[page * 4096] = (page % 251) as u8 + 1;
     }
     println!("{READY}");
+    thread::spawn(obey);
     for turn in 0_usize.. {
         let page = turn * 7 % HOT;
         memory[page * 4096 + 8 + turn % 4000] ^= 1;
@@ -40,28 +44,101 @@ pub(crate) fn run() {
     }
 }
 
+/// Does what is said on standard input, a line each; ends with whoever says it.
+fn obey() {
+    for line in std::io::stdin().lines() {
+        match line.expect("a line").as_str() {
+            "exit" => std::process::exit(0),
+            "exec" => panic!("{}", again().exec()),
+            "fork" => {
+                thread::spawn(|| {
+                    loop {
+                        fork_once();
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                });
+            }
+            other => panic!("{other} is not known"),
+        }
+        println!("{DONE}");
+    }
+    std::process::exit(0);
+}
+
+/// A child that only ends.
+fn fork_once() {
+    // SAFETY: the child makes one system call, which does not return; the parent waits for it.
+    unsafe {
+        match libc::fork() {
+            0 => libc::_exit(0),
+            -1 => panic!("{}", std::io::Error::last_os_error()),
+            child => assert_eq!(libc::waitpid(child, std::ptr::null_mut(), 0), child),
+        }
+    }
+}
+
+/// This program, as the writer.
+fn again() -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["writer", "--exact", "--nocapture", "--test-threads=1"]).env(CASE, "1");
+    command
+}
+
 /// It, as long as this lives.
 pub(crate) struct Writer {
     child: Child,
-    _out: BufReader<ChildStdout>,
+    orders: ChildStdin,
+    out: BufReader<ChildStdout>,
 }
 
 impl Writer {
     pub(crate) fn start() -> Self {
-        let mut child = Command::new(std::env::current_exe().expect("this program"))
-            .args(["writer", "--exact", "--nocapture", "--test-threads=1"])
-            .env(CASE, "1")
-            .stdin(Stdio::null())
+        Self::start_with(|_| {})
+    }
+
+    /// Starts it in another way.
+    pub(crate) fn start_with(change: impl FnOnce(&mut Command)) -> Self {
+        let mut command = again();
+        change(&mut command);
+        let mut child = command
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("the writer starts");
-        let mut out = BufReader::new(child.stdout.take().expect("piped"));
+        let out = BufReader::new(child.stdout.take().expect("piped"));
+        let mut writer = Self { orders: child.stdin.take().expect("piped"), child, out };
+        writer.hear(READY);
+        writer
+    }
+
+    fn hear(&mut self, what: &str) {
         let mut line = String::new();
-        while !line.contains(READY) {
+        while !line.contains(what) {
             line.clear();
-            assert_ne!(out.read_line(&mut line).expect("its output"), 0, "the writer ended");
+            assert_ne!(self.out.read_line(&mut line).expect("its output"), 0, "the writer ended");
         }
-        Self { child, _out: out }
+    }
+
+    fn order(&mut self, what: &str) {
+        self.orders.write_all(format!("{what}\n").as_bytes()).expect("it listens");
+    }
+
+    /// Lets it end by itself.
+    pub(crate) fn exit(&mut self) {
+        self.order("exit");
+        assert!(self.child.wait().expect("it ends").success());
+    }
+
+    /// Lets it start another program: itself once more.
+    pub(crate) fn exec(&mut self) {
+        self.order("exec");
+        self.hear(READY);
+    }
+
+    /// Lets it fork all the time from now on.
+    pub(crate) fn fork(&mut self) {
+        self.order("fork");
+        self.hear(DONE);
     }
 
     pub(crate) fn pid(&self) -> Pid {
@@ -72,6 +149,7 @@ impl Writer {
         rustix::process::kill_process(self.pid(), signal).expect("it runs");
     }
 
+    /// Kills it.
     pub(crate) fn end(&mut self) {
         self.child.kill().expect("it runs");
         self.child.wait().expect("it ends");

@@ -147,13 +147,16 @@ impl Harvest<'_> {
         let by_scan = self.rearm == Rearm::ByScan;
         let (mut again, mut result) = (Again::default(), Ok(()));
         let Self { protector, scanner, into, harvested, .. } = self;
+        // Marks first, and what it has not marked yet it does on its way out, whatever happens:
+        // nothing that is protected again may be forgotten.
+        let mut marker = into.marker();
         let looked = scanner.unprotected(self.pagemap, range, by_scan, |run| {
-            // Marked first: nothing that is protected again may be forgotten.
-            harvested.pages += into.mark(run);
+            marker.mark(run);
             if !by_scan {
                 again.protect(*protector, run, harvested, &mut result);
             }
         });
+        harvested.pages += marker.finish();
         self.settle(looked, &mut again, result)?;
 
         if self.scanner.must_look_for_holes(page) {

@@ -7,7 +7,7 @@ use pageferry_uffd::{Errno, Pagemap};
 
 use crate::{
     DirtyError, DirtySet, Method, Target, Tracked, Tracker, WpAsync, WpBlocking, soft_dirty,
-    target::pidfd,
+    target::{has_ended, pidfd},
 };
 
 /// Up to this much memory of another process, its soft-dirty bits are preferred to a userfaultfd.
@@ -246,6 +246,8 @@ fn may_trace(pid: u32) -> Result<(), String> {
         rustix::process::PidfdGetfdFlags::empty(),
     ) {
         Ok(_) | Err(Errno::BADF) => Ok(()),
+        // Its first thread has no descriptors any more; if others have, asking them tells.
+        Err(Errno::SRCH) if !has_ended(&pidfd) => Ok(()),
         Err(Errno::PERM) => Err(format!(
             "process {pid} may not be traced: that takes its user's rights or CAP_SYS_PTRACE, and \
              kernel.yama.ptrace_scope to allow it"

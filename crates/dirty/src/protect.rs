@@ -72,8 +72,8 @@ impl Protector for OwnMemory {
     }
 
     fn protect(&self, range: HostRange) -> Result<Protection, DirtyError> {
-        // A descriptor of this process never finds it gone.
-        protect(&self.uffd, range, std::process::id())
+        // A descriptor of this process never finds it gone. To ask for the id is a call of the kernel.
+        protect(&self.uffd, range, std::process::id)
     }
 
     fn release(&mut self, range: HostRange, _: &Watched) -> Result<(), DirtyError> {
@@ -125,7 +125,7 @@ impl Protector for OtherProcess {
     }
 
     fn protect(&self, range: HostRange) -> Result<Protection, DirtyError> {
-        protect(&self.uffd, range, self.pid)
+        protect(&self.uffd, range, || self.pid)
     }
 
     fn release(&mut self, range: HostRange, watched: &Watched) -> Result<(), DirtyError> {
@@ -145,14 +145,18 @@ impl Protector for OtherProcess {
     }
 }
 
-fn protect(uffd: &Userfaultfd, range: HostRange, pid: u32) -> Result<Protection, DirtyError> {
+fn protect(
+    uffd: &Userfaultfd,
+    range: HostRange,
+    pid: impl Fn() -> u32,
+) -> Result<Protection, DirtyError> {
     loop {
         match uffd.write_protect(range, true, Wake::No) {
             Ok(Outcome::Installed { .. }) => return Ok(Protection::Done),
             // The address space is just changing: only with events, whose reader ends that.
             Ok(Outcome::Retry { .. }) => std::thread::yield_now(),
             Ok(Outcome::RangeGone { .. }) => return Ok(Protection::Gone),
-            Ok(Outcome::ProcessGone { .. }) => return Err(DirtyError::ProcessGone { pid }),
+            Ok(Outcome::ProcessGone { .. }) => return Err(DirtyError::ProcessGone { pid: pid() }),
             Ok(Outcome::AlreadyPresent { .. } | Outcome::Poisoned { .. }) => {
                 unreachable!("not an answer to write protection")
             }

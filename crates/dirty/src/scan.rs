@@ -13,6 +13,9 @@ use pageferry_uffd::{
 /// Room for one call. The kernel goes 2 MiB at a time, at most 512 regions, so more than a few of
 /// those spare little; this is 48 KiB.
 const REGIONS: usize = 2048;
+/// Room for the first call. All room is cleared before a call that protects, which for the whole of
+/// it takes longer than a call that finds little.
+const FIRST_REGIONS: usize = 512;
 /// 32 KiB of entries at a time, of 16 MiB of memory.
 const ENTRIES: usize = 4096;
 
@@ -23,13 +26,13 @@ pub(crate) struct Failed {
     pub(crate) error: PagemapError,
 }
 
-/// Room for what the kernel answers, and the number of its calls.
+/// Looks for pages of some kind: room for what the kernel answers, and the number of its calls.
 #[derive(Debug)]
 pub(crate) struct Scanner {
     regions: Vec<PageRegion>,
     entries: Vec<PagemapEntry>,
     /// Whether the kernel has `PAGEMAP_SCAN`, as far as is known.
-    scans: bool,
+    pub(crate) scans: bool,
     pub(crate) calls: u64,
 }
 
@@ -52,25 +55,7 @@ impl Scanner {
         rearm: bool,
         mut found: impl FnMut(HostRange),
     ) -> Result<(), Failed> {
-        if self.scans || rearm {
-            let requests = |left| ScanRequest::written(left, rearm);
-            match self.scan(pagemap, range, requests, &mut found) {
-                Err(Failed { error: PagemapError::Scan { errno: Errno::NOTTY, .. }, left })
-                    if !rearm && left == range =>
-                {
-                    self.scans = false;
-                }
-                result => return result,
-            }
-        }
-        let mut run = Run::default();
-        let looked = self.entries(pagemap, range, |page, entry| {
-            if !entry.uffd_wp() {
-                run.add(page, &mut found);
-            }
-        });
-        run.end(&mut found);
-        looked
+        self.look(pagemap, &ScanRequest::written(range, rearm), &mut |run, _| found(run))
     }
 
     /// Reports what is neither in memory, nor swapped out, nor marked as protected.
@@ -81,11 +66,27 @@ impl Scanner {
         mut found: impl FnMut(HostRange),
     ) -> Result<(), Failed> {
         let populated = PageCategories::PRESENT | PageCategories::SWAPPED;
-        let request = |left| ScanRequest {
-            category_inverted: populated,
-            ..ScanRequest::having(left, populated)
+        let request =
+            ScanRequest { category_inverted: populated, ..ScanRequest::having(range, populated) };
+        self.look(pagemap, &request, &mut |run, _| found(run))
+    }
+
+    /// Reports the pages that have their soft-dirty bit, and those that are not in memory, with
+    /// whether they have it, are in memory, or are swapped out.
+    pub(crate) fn soft_dirty_or_absent(
+        &mut self,
+        pagemap: &Pagemap,
+        range: HostRange,
+        found: &mut dyn FnMut(HostRange, PageCategories),
+    ) -> Result<(), Failed> {
+        let (present, bit) = (PageCategories::PRESENT, PageCategories::SOFT_DIRTY);
+        let request = ScanRequest {
+            category_inverted: present,
+            category_mask: PageCategories::empty(),
+            category_anyof_mask: present | bit,
+            ..ScanRequest::having(range, present | PageCategories::SWAPPED | bit)
         };
-        self.scan(pagemap, range, request, &mut found)
+        self.look(pagemap, &request, found)
     }
 
     /// Whether holes have to be looked for, because [`unprotected`](Self::unprotected) does not
@@ -100,23 +101,53 @@ impl Scanner {
         self.scans && (page != PageSize::base() || !holes_are_reported())
     }
 
+    /// Reports the pages that are asked for, neighbours of the same kind as one.
+    pub(crate) fn look(
+        &mut self,
+        pagemap: &Pagemap,
+        request: &ScanRequest,
+        found: &mut dyn FnMut(HostRange, PageCategories),
+    ) -> Result<(), Failed> {
+        if self.scans || !request.flags.is_empty() {
+            match self.scan(pagemap, request, found) {
+                // Nothing can have been reported.
+                Err(Failed { error: PagemapError::Scan { errno: Errno::NOTTY, .. }, .. })
+                    if request.flags.is_empty() =>
+                {
+                    self.scans = false;
+                }
+                result => return result,
+            }
+        }
+        let mut run = Run::default();
+        let looked = self.entries(pagemap, request.range, |page, entry| {
+            let categories = categories(entry);
+            if is_wanted(request, categories) {
+                run.add(page, categories & request.return_mask, found);
+            }
+        });
+        run.end(found);
+        looked
+    }
+
     fn scan(
         &mut self,
         pagemap: &Pagemap,
-        range: HostRange,
-        request: impl Fn(HostRange) -> ScanRequest,
-        found: &mut dyn FnMut(HostRange),
+        request: &ScanRequest,
+        found: &mut dyn FnMut(HostRange, PageCategories),
     ) -> Result<(), Failed> {
-        let mut left = range;
+        let (mut left, mut room) = (request.range, FIRST_REGIONS);
         while !left.is_empty() {
-            // Small ranges need no more, and every region has to be cleared before each call.
-            let pages = usize::try_from(left.len() / PageSize::base().bytes()).unwrap_or(REGIONS);
-            let regions = &mut self.regions[..pages.clamp(1, REGIONS)];
+            // Small ranges need no more.
+            let pages = usize::try_from(left.len() / PageSize::base().bytes()).unwrap_or(room);
+            let regions = &mut self.regions[..pages.clamp(1, room)];
+            room = (4 * room).min(REGIONS);
             self.calls += 1;
-            let result =
-                pagemap.scan(&request(left), regions).map_err(|error| Failed { left, error })?;
+            let result = pagemap
+                .scan(&ScanRequest { range: left, ..*request }, regions)
+                .map_err(|error| Failed { left, error })?;
             for region in &regions[..result.regions] {
-                found(region.range());
+                found(region.range(), region.categories());
             }
             match result.walk_end.offset_from(left.start()) {
                 Some(walked) if walked > 0 => left = left.skip(walked),
@@ -164,24 +195,48 @@ impl Scanner {
     }
 }
 
-/// Pages that follow each other, put together.
+/// An entry of the page map in terms of a scan.
+pub(crate) fn categories(entry: PagemapEntry) -> PageCategories {
+    let mut categories = PageCategories::empty();
+    categories.set(PageCategories::PRESENT, entry.present());
+    categories.set(PageCategories::SWAPPED, entry.swapped());
+    categories.set(PageCategories::FILE, entry.file());
+    categories.set(PageCategories::WRITTEN, !entry.uffd_wp());
+    categories.set(PageCategories::SOFT_DIRTY, entry.soft_dirty());
+    categories
+}
+
+/// Whether a scan would report a page.
+pub(crate) fn is_wanted(request: &ScanRequest, categories: PageCategories) -> bool {
+    let flipped = categories ^ request.category_inverted;
+    flipped.contains(request.category_mask)
+        && (request.category_anyof_mask.is_empty()
+            || flipped.intersects(request.category_anyof_mask))
+}
+
+/// Pages of the same kind that follow each other, put together.
 #[derive(Default)]
-pub(crate) struct Run(HostRange);
+struct Run(HostRange, PageCategories);
 
 impl Run {
-    pub(crate) fn add(&mut self, page: HostRange, found: &mut impl FnMut(HostRange)) {
-        if self.0.end() == page.start() && !self.0.is_empty() {
+    fn add(
+        &mut self,
+        page: HostRange,
+        categories: PageCategories,
+        found: &mut dyn FnMut(HostRange, PageCategories),
+    ) {
+        if self.0.end() == page.start() && !self.0.is_empty() && self.1 == categories {
             self.0 = HostRange::new(self.0.start(), self.0.len() + page.len());
         } else {
             self.end(found);
-            self.0 = page;
+            *self = Self(page, categories);
         }
     }
 
-    pub(crate) fn end(&mut self, found: &mut impl FnMut(HostRange)) {
-        let run = std::mem::take(&mut self.0);
+    fn end(&mut self, found: &mut dyn FnMut(HostRange, PageCategories)) {
+        let Self(run, categories) = std::mem::take(self);
         if !run.is_empty() {
-            found(run);
+            found(run, categories);
         }
     }
 }
@@ -220,15 +275,18 @@ mod tests {
 
     #[test]
     fn neighbours_become_one_run() {
-        let page = |number: u64| HostRange::new(HostAddress::new(number * 4096), 4096);
+        let pages =
+            |first: u64, pages: u64| HostRange::new(HostAddress::new(first * 4096), pages * 4096);
         let (mut run, mut found) = (Run::default(), Vec::new());
-        for number in [0, 1, 2, 5, 7, 8] {
-            run.add(page(number), &mut |range| found.push(range));
+        let mut push = |range, kind| found.push((range, kind));
+        let (one, other) = (PageCategories::PRESENT, PageCategories::SWAPPED);
+        for (page, kind) in [(0, one), (1, one), (2, one), (5, one), (6, other), (8, one), (9, one)]
+        {
+            run.add(pages(page, 1), kind, &mut push);
         }
-        run.end(&mut |range| found.push(range));
-        run.end(&mut |range| found.push(range));
-        let expected = [(0, 3), (5, 1), (7, 2)]
-            .map(|(first, pages)| HostRange::new(HostAddress::new(first * 4096), pages * 4096));
-        assert_eq!(found, expected);
+        run.end(&mut push);
+        run.end(&mut push);
+        let expected = [(0, 3, one), (5, 1, one), (6, 1, other), (8, 2, one)];
+        assert_eq!(found, expected.map(|(first, count, kind)| (pages(first, count), kind)));
     }
 }

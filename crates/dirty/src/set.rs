@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use pageferry_memory::{DirtyBitmap, GranuleIndex, GranuleRange};
+use pageferry_memory::{DirtyBitmap, GranuleIndex, GranuleRange, PageSize};
 use pageferry_uffd::{HostAddress, HostRange};
 
 use crate::{DirtyError, Tracked};
@@ -95,18 +95,14 @@ impl DirtySet {
     /// Marks every page of which any byte is in `range`; answers how many that are. What is outside
     /// of all ranges is passed over.
     pub fn mark(&self, range: HostRange) -> u64 {
-        let mut pages = 0;
-        for entry in &self.entries[self.first_ending_after(range.start())..] {
-            if entry.tracked.range.start() >= range.end() {
-                break;
-            }
-            if let Some(part) = entry.tracked.range.intersection(range) {
-                let granules = entry.granules(part);
-                entry.bitmap.set(granules);
-                pages += granules.count();
-            }
-        }
-        pages
+        let mut marker = self.marker();
+        marker.mark(range);
+        marker.finish()
+    }
+
+    /// What marks many pages in less time than one after the other.
+    pub fn marker(&self) -> Marker<'_> {
+        Marker { set: self, entry: None, word: 0, bits: 0, pages: 0 }
     }
 
     /// Whether the page at `address` is marked; never outside of all ranges.
@@ -177,6 +173,133 @@ impl DirtySet {
 
     fn first_ending_after(&self, address: HostAddress) -> usize {
         self.entries.partition_point(|entry| entry.tracked.range.end() <= address)
+    }
+}
+
+/// Marks pages in a [`DirtySet`], a word of neighbours at a time, in whatever order they come.
+///
+/// What was marked last may not be in the set yet; all of it is when the marker has been dropped, or
+/// asked to [`finish`](Self::finish).
+pub struct Marker<'a> {
+    set: &'a DirtySet,
+    /// Where the last page was: most often the next one is there, too.
+    entry: Option<&'a Entry>,
+    /// The word of its bitmap that is being put together, and what is missing from it there.
+    word: u64,
+    bits: u64,
+    pages: u64,
+}
+
+const BITS: u64 = u64::BITS as u64;
+
+impl<'a> Marker<'a> {
+    /// As [`DirtySet::mark`].
+    #[inline]
+    pub fn mark(&mut self, range: HostRange) {
+        if range.is_empty() {
+            return;
+        }
+        match self.entry {
+            Some(entry) if entry.tracked.range.contains_range(range) => self.add(entry, range),
+            _ => self.look_up(range),
+        }
+    }
+
+    /// Marks pages of `size` bytes of which a bit is set, the lowest bit for the one at `start`.
+    /// The size need not be that of the set's pages.
+    ///
+    /// # Panics
+    ///
+    /// When such a page is not in the address space.
+    #[inline]
+    pub fn mark_word(&mut self, start: HostAddress, size: PageSize, bits: u64) {
+        let Some(last) = bits.checked_ilog2() else { return };
+        if let Some(entry) = self.entry
+            && entry.tracked.page == size
+            && let Some(offset) = start.offset_from(entry.tracked.range.start())
+            && size.is_multiple(offset)
+            && (offset >> size.shift()) + u64::from(last) < entry.tracked.pages()
+        {
+            let first = offset >> size.shift();
+            self.pages += u64::from(bits.count_ones());
+            if first.is_multiple_of(BITS) {
+                self.add_word(entry, first / BITS, bits);
+            } else {
+                entry.bitmap.set_bits(GranuleIndex::new(first), bits);
+            }
+            return;
+        }
+        let mut left = bits;
+        while left != 0 {
+            let low = left.trailing_zeros();
+            let count = (left >> low).trailing_ones();
+            let first = start.checked_add(u64::from(low) << size.shift());
+            let first = first.expect("pages are in the address space");
+            self.mark(HostRange::new(first, u64::from(count) << size.shift()));
+            left &= !((u64::MAX >> (u64::BITS - count)) << low);
+        }
+    }
+
+    /// How many pages were marked. One that was marked twice counts twice.
+    pub fn finish(mut self) -> u64 {
+        self.flush();
+        self.pages
+    }
+
+    #[cold]
+    fn look_up(&mut self, range: HostRange) {
+        let set = self.set;
+        for entry in &set.entries[set.first_ending_after(range.start())..] {
+            if entry.tracked.range.start() >= range.end() {
+                break;
+            }
+            if let Some(part) = entry.tracked.range.intersection(range) {
+                self.add(entry, part);
+            }
+        }
+    }
+
+    #[inline]
+    fn add(&mut self, entry: &'a Entry, part: HostRange) {
+        let granules = entry.granules(part);
+        let (first, count) = (granules.first().get(), granules.count());
+        self.pages += count;
+        let low = first % BITS;
+        if low + count <= BITS {
+            self.add_word(entry, first / BITS, (u64::MAX >> (BITS - count)) << low);
+        } else {
+            self.add_word(entry, first / BITS, 0);
+            entry.bitmap.set(granules);
+        }
+    }
+
+    #[inline]
+    fn add_word(&mut self, entry: &'a Entry, word: u64, bits: u64) {
+        if self.word != word || !self.entry.is_some_and(|last| std::ptr::eq(last, entry)) {
+            self.flush();
+            (self.entry, self.word) = (Some(entry), word);
+        }
+        self.bits |= bits;
+    }
+
+    #[inline]
+    fn flush(&mut self) {
+        let bits = std::mem::take(&mut self.bits);
+        if let Some(entry) = self.entry {
+            entry.bitmap.set_bits(GranuleIndex::new(self.word * BITS), bits);
+        }
+    }
+}
+
+impl Drop for Marker<'_> {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+impl fmt::Debug for Marker<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Marker").field("pages", &self.pages).finish_non_exhaustive()
     }
 }
 

@@ -3,16 +3,18 @@
 use std::{
     fmt,
     fs::{File, OpenOptions},
+    io,
 };
 
 use pageferry_memory::{Mapping, PageSize};
-use pageferry_uffd::{ClearRefs, HostRange, Pagemap, PagemapEntry, clear_refs};
+use pageferry_uffd::{ClearRefs, ClearRefsError, HostRange, PageCategories, Pagemap, PagemapEntry};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     DirtyError, DirtySet, Freeze, Harvested, Method, Target, Tracked, Tracker,
-    scan::{Run, Scanner},
-    target::{Detail, Vma, Watched, is_gone, mapped, unmapped},
+    page_bits::PageBits,
+    scan::Scanner,
+    target::{Vma, Watched, is_gone, mapped, unmapped},
     tracker::{check_new, check_room, note_unmapped, remove},
 };
 
@@ -40,7 +42,7 @@ pub struct SoftDirty {
     /// Found when bits were cleared to arm more ranges, for the next harvest.
     pending: Vec<HostRange>,
     scanner: Scanner,
-    /// Held as long as anything is armed, against other trackers.
+    /// `clear_refs`, as long as anything is armed. It is locked against other trackers.
     lock: Option<File>,
 }
 
@@ -49,8 +51,10 @@ pub struct SoftDirty {
 struct Segment {
     range: HostRange,
     shared: bool,
-    /// The pages that were there when last looked at, one bit each.
-    populated: Vec<u64>,
+    /// The pages that were not there when last looked at. Of shared memory nobody needs to know.
+    absent: PageBits,
+    /// Room for the next look.
+    absent_now: PageBits,
 }
 
 impl SoftDirty {
@@ -79,7 +83,9 @@ impl SoftDirty {
         mut found: impl FnMut(HostRange),
         mut more: impl FnMut(&mut Scanner, &Pagemap) -> Result<(), DirtyError>,
     ) -> Result<(), DirtyError> {
-        let Self { watched, freeze, segments, scanner, .. } = self;
+        let Self { watched, freeze, segments, scanner, lock, .. } = self;
+        // Nothing is armed: the bits are somebody else's.
+        let Some(clear_refs) = lock else { return Ok(()) };
         freeze.while_frozen(&mut || {
             watched.with_pagemap(|pagemap| {
                 for segment in &mut *segments {
@@ -88,14 +94,16 @@ impl SoftDirty {
                 more(scanner, pagemap)
             })?;
             scanner.calls += 1;
-            let cleared = clear_refs(watched.target.pid(), ClearRefs::SoftDirty);
+            let cleared = rustix::io::write(&*clear_refs, b"4");
             watched.alive()?;
-            Ok(cleared?)
+            let (what, pid) = (ClearRefs::SoftDirty, watched.target.pid());
+            cleared.map_err(|errno| ClearRefsError { what, pid, errno })?;
+            Ok(())
         })
     }
 
     fn segments_for(&self, ranges: &[Tracked]) -> Result<Vec<Segment>, DirtyError> {
-        let vmas = self.watched.mappings(Detail::PageSize)?;
+        let vmas = self.watched.mappings_of(ranges)?;
         let mut segments = Vec::new();
         for &Tracked { range, page } in ranges {
             let base = PageSize::base();
@@ -111,8 +119,7 @@ impl SoftDirty {
                 if page_size != base.bytes() {
                     return refuse("the kernel keeps no soft-dirty bits for pages of hugetlbfs");
                 }
-                let words = (range.len() >> base.shift()).div_ceil(64) as usize;
-                segments.push(Segment { range, shared, populated: vec![0; words] });
+                segments.push(Segment::new(range, shared));
             }
         }
         Ok(segments)
@@ -120,29 +127,58 @@ impl SoftDirty {
 }
 
 impl Segment {
-    /// Reports the pages that are dirty, and notes which are there.
+    fn new(range: HostRange, shared: bool) -> Self {
+        let pages = if shared { 0 } else { range.len() >> PageSize::base().shift() };
+        Self { range, shared, absent: PageBits::new(pages), absent_now: PageBits::new(pages) }
+    }
+
+    /// The pages that have any byte of `part`, which is inside: the first of them, and their number.
+    fn pages(&self, part: HostRange) -> (u64, u64) {
+        let shift = PageSize::base().shift();
+        ((part.start().get() - self.range.start().get()) >> shift, part.len() >> shift)
+    }
+
+    /// Notes which pages are not there, before anything is tracked.
+    fn look(&mut self, scanner: &mut Scanner, pagemap: &Pagemap) -> Result<(), DirtyError> {
+        if self.shared {
+            return Ok(());
+        }
+        let looked = scanner.holes(pagemap, self.range, |hole| {
+            let (first, count) = self.pages(hole);
+            self.absent.set(first, count);
+        });
+        looked.map_err(|failed| failed.error.into())
+    }
+
+    /// Reports the pages that are dirty, and notes which are not there.
     fn read(
         &mut self,
         scanner: &mut Scanner,
         pagemap: &Pagemap,
         found: &mut impl FnMut(HostRange),
     ) -> Result<(), DirtyError> {
-        let (mut run, mut index) = (Run::default(), 0_u64);
-        let read = scanner.entries(pagemap, self.range, |page, entry| {
-            let word = &mut self.populated[(index / 64) as usize];
-            let bit = 1 << (index % 64);
-            let (was_there, is_there) = (*word & bit != 0, entry.present() || entry.swapped());
-            let vanished = !is_there && (was_there || self.shared);
-            if entry.soft_dirty() || vanished {
-                run.add(page, found);
+        const THERE: PageCategories = PageCategories::PRESENT.union(PageCategories::SWAPPED);
+        let base = PageSize::base();
+        self.absent_now.clear();
+        let read = scanner.soft_dirty_or_absent(pagemap, self.range, &mut |run, kind| {
+            let is_absent = !kind.intersects(THERE);
+            let (first, count) = self.pages(run);
+            if is_absent && !self.shared {
+                self.absent_now.set(first, count);
             }
-            // What failed to be read is looked at again, with the bits still there; but that a page
-            // has vanished is seen only once, and reported here.
-            *word = if is_there { *word | bit } else { *word & !bit };
-            index += 1;
+            if kind.contains(PageCategories::SOFT_DIRTY) || is_absent && self.shared {
+                found(run);
+            } else if is_absent {
+                self.absent.each_unset(first, count, |page, count| {
+                    found(self.range.skip(page * base.bytes()).take(count * base.bytes()));
+                });
+            }
         });
-        run.end(found);
-        read.map_err(|failed| failed.error.into())
+        read.map_err(|failed| failed.error)?;
+        // Not before: what failed to be read is looked at again, with the bits still there, and that
+        // a page has vanished must be seen then, too.
+        std::mem::swap(&mut self.absent, &mut self.absent_now);
+        Ok(())
     }
 }
 
@@ -160,32 +196,24 @@ impl Tracker for SoftDirty {
         if self.lock.is_none() {
             self.lock = Some(lock(self.watched.target)?);
         }
-        let mut new = self.segments_for(ranges)?;
-        // Clearing takes the bits of what is armed already.
-        let mut pending = std::mem::take(&mut self.pending);
-        let result = self.collect(
-            |run| pending.push(run),
-            |scanner, pagemap| {
-                new.iter_mut().try_for_each(|segment| segment.read(scanner, pagemap, &mut |_| ()))
-            },
-        );
-        self.pending = pending;
-        result?;
-        self.segments.append(&mut new);
-        self.ranges.extend_from_slice(ranges);
-        Ok(())
+        let armed = self.arm_more(ranges);
+        if self.ranges.is_empty() {
+            self.lock = None;
+        }
+        armed
     }
 
     fn harvest(&mut self, into: &DirtySet) -> Result<Harvested, DirtyError> {
         check_room(&self.ranges, into)?;
         let calls_before = self.scanner.calls;
         let mut harvested = Harvested::default();
+        // What it has not marked yet it does on its way out, whatever happens.
+        let mut marker = into.marker();
         for run in self.pending.drain(..) {
-            harvested.pages += into.mark(run);
+            marker.mark(run);
         }
-        let mut pages = 0;
-        self.collect(|run| pages += into.mark(run), |_, _| Ok(()))?;
-        harvested.pages += pages;
+        self.collect(|run| marker.mark(run), |_, _| Ok(()))?;
+        harvested.pages += marker.finish();
         note_unmapped(&self.watched, &self.ranges, into, &mut harvested)?;
         for &gone in &harvested.gone {
             remove(&mut self.ranges, gone);
@@ -209,23 +237,35 @@ impl Tracker for SoftDirty {
 }
 
 impl SoftDirty {
+    fn arm_more(&mut self, ranges: &[Tracked]) -> Result<(), DirtyError> {
+        let mut new = self.segments_for(ranges)?;
+        // Clearing takes the bits of what is armed already.
+        let mut pending = std::mem::take(&mut self.pending);
+        let result = self.collect(
+            |run| pending.push(run),
+            |scanner, pagemap| {
+                new.iter_mut().try_for_each(|segment| segment.look(scanner, pagemap))
+            },
+        );
+        self.pending = pending;
+        result?;
+        self.segments.append(&mut new);
+        self.ranges.extend_from_slice(ranges);
+        Ok(())
+    }
+
     /// Cuts the segments down to the ranges.
     fn drop_segments_that_are_gone(&mut self) {
-        let page = PageSize::base();
         let mut left = Vec::new();
         for segment in &self.segments {
             for tracked in &self.ranges {
                 let Some(range) = segment.range.intersection(tracked.range) else { continue };
-                let offset = range.start().get() - segment.range.start().get();
-                let first = offset >> page.shift();
-                let pages = range.len() >> page.shift();
-                let mut populated = vec![0; pages.div_ceil(64) as usize];
-                for index in 0..pages {
-                    let old = first + index;
-                    let bit = segment.populated[(old / 64) as usize] >> (old % 64) & 1;
-                    populated[(index / 64) as usize] |= bit << (index % 64);
+                let mut part = Segment::new(range, segment.shared);
+                if !segment.shared {
+                    let (first, count) = segment.pages(range);
+                    part.absent = segment.absent.part(first, count);
                 }
-                left.push(Segment { range, shared: segment.shared, populated });
+                left.push(part);
             }
         }
         self.segments = left;
@@ -241,19 +281,25 @@ impl fmt::Debug for SoftDirty {
     }
 }
 
-/// Keeps other trackers of this crate away, in whatever process they are.
 fn lock(target: Target) -> Result<File, DirtyError> {
     let path = target.path("clear_refs");
     let pid = target.pid();
-    let file = match OpenOptions::new().write(true).open(&path) {
-        Ok(file) => file,
-        Err(error) if is_gone(&error) => return Err(DirtyError::ProcessGone { pid }),
-        Err(source) => return Err(DirtyError::Proc { path, source }),
-    };
+    match claim(&path) {
+        Ok(Some(file)) => Ok(file),
+        Ok(None) => Err(DirtyError::AlreadyTracked { pid }),
+        Err(error) if is_gone(&error) => Err(DirtyError::ProcessGone { pid }),
+        Err(source) => Err(DirtyError::Proc { path, source }),
+    }
+}
+
+/// Opens the `clear_refs` of a process, and keeps other trackers of this crate away from it, in
+/// whatever process they are; `None` if there is one.
+pub(crate) fn claim(path: &str) -> io::Result<Option<File>> {
+    let file = OpenOptions::new().write(true).open(path)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::AGAIN) => Err(DirtyError::AlreadyTracked { pid }),
-        Err(errno) => Err(DirtyError::Proc { path, source: errno.into() }),
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::AGAIN) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 

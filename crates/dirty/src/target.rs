@@ -1,14 +1,20 @@
 //! Whose memory is tracked, and what `/proc` says of it.
 
-use std::{fmt, fs, io, os::fd::OwnedFd};
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read as _},
+    os::fd::OwnedFd,
+};
 
+use pageferry_memory::PageSize;
 use pageferry_uffd::{Errno, HostAddress, HostRange, Pagemap, PagemapError};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Pid, PidfdFlags},
 };
 
-use crate::DirtyError;
+use crate::{DirtyError, Tracked};
 
 /// Whose memory is tracked.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
@@ -67,10 +73,7 @@ impl Watched {
     }
 
     fn has_ended(&self) -> bool {
-        let Some(pidfd) = &self.pidfd else { return false };
-        let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-        // An error of `poll` says nothing about the process.
-        matches!(rustix::event::poll(&mut fds, Some(&Timespec::default())), Ok(1))
+        self.pidfd.as_ref().is_some_and(has_ended)
     }
 
     /// The error, if the process has ended meanwhile: whatever failed then failed for that.
@@ -103,21 +106,53 @@ impl Watched {
         }
     }
 
+    /// The mappings the target has now, in ascending order, those that have any of these ranges with
+    /// their page size.
+    ///
+    /// Only huge pages of hugetlbfs have another than the base size, and its files say how large they
+    /// are to whoever may look at what is mapped. To everybody else the kernel tells it in a file
+    /// for which it walks all pages of all mappings.
+    pub(crate) fn mappings_of(&self, ranges: &[Tracked]) -> Result<Vec<Vma>, DirtyError> {
+        let mut vmas = self.mappings(Detail::Place)?;
+        let wanted = |vma: &Vma| ranges.iter().any(|one| one.range.overlaps(vma.range));
+        for vma in vmas.iter_mut().filter(|vma| wanted(vma)) {
+            vma.page_size = PageSize::base().bytes();
+            if !vma.file {
+                continue;
+            }
+            let (start, end) = (vma.range.start().get(), vma.range.end().get());
+            match rustix::fs::statfs(self.target.path(&format!("map_files/{start:x}-{end:x}"))) {
+                Ok(found) if found.f_type.cast_unsigned() == HUGETLBFS => {
+                    vma.page_size = found.f_bsize.cast_unsigned();
+                }
+                Ok(_) => {}
+                Err(_) => return self.mappings(Detail::PageSize),
+            }
+        }
+        Ok(vmas)
+    }
+
     /// The mappings the target has now, in ascending order.
     pub(crate) fn mappings(&self, detail: Detail) -> Result<Vec<Vma>, DirtyError> {
         let path = self.target.path(detail.file());
-        let read = fs::read_to_string(&path);
+        // With room for some hundred mappings from the start, since the kernel makes the text anew for
+        // each call, and does not say how long it is.
+        let mut text = String::with_capacity(64 << 10);
+        let read = File::open(&path).and_then(|mut file| file.read_to_string(&mut text));
         self.alive()?;
-        let text = match read {
-            Ok(text) => text,
+        match read {
+            Ok(_) => {}
             Err(error) if is_gone(&error) => {
                 return Err(DirtyError::ProcessGone { pid: self.target.pid() });
             }
             Err(source) => return Err(DirtyError::Proc { path, source }),
-        };
+        }
         parse(&text).ok_or_else(|| DirtyError::Proc { path, source: invalid() })
     }
 }
+
+/// `HUGETLBFS_MAGIC` of the kernel's `include/uapi/linux/magic.h`.
+const HUGETLBFS: u64 = 0x9584_58f6;
 
 fn invalid() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "a line that is no mapping")
@@ -126,6 +161,13 @@ fn invalid() -> io::Error {
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
+}
+
+/// Whether a process has ended, by its descriptor.
+pub(crate) fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    // An error of `poll` says nothing about the process.
+    matches!(rustix::event::poll(&mut fds, Some(&Timespec::default())), Ok(1))
 }
 
 pub(crate) fn pidfd(pid: u32) -> Result<OwnedFd, DirtyError> {
@@ -164,6 +206,8 @@ impl Detail {
 pub(crate) struct Vma {
     pub(crate) range: HostRange,
     pub(crate) shared: bool,
+    /// Of a file, shared memory and huge pages included.
+    pub(crate) file: bool,
     /// In bytes; 0 if it was not asked for.
     pub(crate) page_size: u64,
 }
@@ -180,7 +224,9 @@ fn parse(text: &str) -> Option<Vec<Vma>> {
             let address = |text| u64::from_str_radix(text, 16).ok().map(HostAddress::new);
             let range = HostRange::from_bounds(address(start)?, address(end)?)?;
             let shared = words.next()?.as_bytes().get(3) == Some(&b's');
-            vmas.push(Vma { range, shared, page_size: 0 });
+            // Behind the offset and the device, the inode.
+            let file = words.nth(2)? != "0";
+            vmas.push(Vma { range, shared, file, page_size: 0 });
         }
     }
     Some(vmas)
@@ -227,8 +273,8 @@ mod tests {
                     KernelPageSize:     2048 kB\n\
                     ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0 [vsyscall]\n";
         let vmas = parse(text).unwrap();
-        let found: Vec<_> = vmas.iter().map(|vma| (vma.shared, vma.page_size)).collect();
-        assert_eq!(found, [(false, 4096), (true, 2 << 20), (false, 0)]);
+        let found: Vec<_> = vmas.iter().map(|vma| (vma.shared, vma.file, vma.page_size)).collect();
+        assert_eq!(found, [(false, true, 4096), (true, true, 2 << 20), (false, false, 0)]);
         assert_eq!(vmas[1].range, range(0x7f00_0000_0000, 0x7f00_0040_0000));
         assert_eq!(parse("12-x rw-p"), None);
     }
@@ -248,7 +294,8 @@ mod tests {
 
     #[test]
     fn what_is_mapped_and_what_is_not() {
-        let vma = |start, end| Vma { range: range(start, end), shared: false, page_size: 0 };
+        let vma =
+            |start, end| Vma { range: range(start, end), shared: false, file: false, page_size: 0 };
         let vmas = [vma(10, 20), vma(20, 30), vma(40, 50)];
         for (wanted, gaps, parts) in [
             (range(12, 28), vec![], vec![range(12, 20), range(20, 28)]),

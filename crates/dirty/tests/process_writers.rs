@@ -56,6 +56,7 @@ fn all_writers(method: Method) {
     let Some(mut tracker) = attach(&process, method) else { return };
     let mut mirror = Mirror::new(&process, &tracker);
     let (begin, mut done, mut looked, mut changed, mut stops) = (Instant::now(), 0, 0, 0, 0);
+    let mut exact = 0;
     while done < HARVESTS && (done < LEAST || begin.elapsed() < TIME) {
         let mut look = |tracker: &mut ProcessTracker, stopped: Option<&Stopped<'_>>| {
             let found = match tracker.harvest(stopped) {
@@ -63,11 +64,14 @@ fn all_writers(method: Method) {
                 Err(error) => panic!("{method}, harvest {done}: {error}"),
             };
             check_form(&found);
-            assert_eq!(
-                changed_in(&found, quiet),
-                [],
-                "{method}, harvest {done}: nobody wrote there"
+            let told = changed_in(&found, quiet);
+            // With soft-dirty bits, what a child that a changer has made still shares counts as
+            // changed.
+            assert!(
+                told.is_empty() || method == METHODS[2],
+                "{method}, harvest {done}: nobody wrote to {told:?}"
             );
+            exact += u32::from(told.is_empty());
             mirror.update(&found);
             done += 1;
             found
@@ -88,7 +92,7 @@ fn all_writers(method: Method) {
          found changed at stops, in {:?}; {rounds} rounds of the writers",
         begin.elapsed()
     );
-    assert!(rounds > 0 && changed > 0);
+    assert!(rounds > 0 && changed > 0 && exact > 0);
     tracker.detach().unwrap();
     target.tell("still", &[]);
 }

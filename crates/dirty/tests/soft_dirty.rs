@@ -77,6 +77,56 @@ fn what_was_discarded_is_reported() {
     });
 }
 
+/// What was not there when it was armed has not changed by not being there.
+#[test]
+fn what_was_never_there_is_not_reported() {
+    for kind in [Kind::Anonymous, Kind::PrivateFile] {
+        let Some(mut remote) = Remote::new(kind, PAGES) else { continue };
+        let Some(mut tracker) = tracker(&remote) else { return };
+        remote.tell("write 0 100");
+        remote.tell("write 300 30");
+        tracker.arm(&[remote.tracked]).unwrap();
+        let set = DirtySet::new(tracker.ranges()).unwrap();
+        assert_eq!(harvest(&mut tracker, &set), [], "{kind:?}");
+        remote.tell("discard 10 1");
+        remote.tell("discard 320 20");
+        remote.tell("write 600 1");
+        let expected = [remote.pages(10, 1), remote.pages(320, 10), remote.pages(600, 1)];
+        assert_eq!(harvest(&mut tracker, &set), expected, "{kind:?}");
+        remote.tell("discard 600 1");
+        remote.tell("write 10 1");
+        let expected = [remote.pages(10, 1), remote.pages(600, 1)];
+        assert_eq!(harvest(&mut tracker, &set), expected, "{kind:?}");
+    }
+}
+
+#[test]
+fn what_was_discarded_before_the_first_harvest_is_reported() {
+    let Some(mut remote) = Remote::new(Kind::Anonymous, PAGES) else { return };
+    let Some(mut tracker) = tracker(&remote) else { return };
+    remote.tell("write 100 100");
+    tracker.arm(&[remote.tracked]).unwrap();
+    remote.tell("discard 150 100");
+    let set = DirtySet::new(tracker.ranges()).unwrap();
+    assert_eq!(harvest(&mut tracker, &set), [remote.pages(150, 50)]);
+}
+
+#[test]
+fn who_could_arm_nothing_leaves_the_bits_to_others() {
+    let Some(mut remote) = Remote::new(Kind::Anonymous, PAGES) else { return };
+    let Some(mut first) = tracker(&remote) else { return };
+    remote.tell("unmap 0 10");
+    let error = first.arm(&[base(remote.pages(0, 20))]).unwrap_err();
+    assert!(matches!(error, DirtyError::Vanished { .. }), "{error}");
+    let mut second = tracker(&remote).unwrap();
+    second.arm(&[base(remote.pages(10, 20))]).unwrap();
+    remote.tell("write 12 1");
+    let set = DirtySet::new(second.ranges()).unwrap();
+    // It has none of the bits, so it takes none.
+    first.harvest(&set).unwrap();
+    assert_eq!(harvest(&mut second, &set), [remote.pages(12, 1)]);
+}
+
 fn remote_is_shared(remote: &Remote) -> bool {
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", remote.pid())).unwrap();
     let start = format!("{:x}-", remote.tracked.range.start().get());

@@ -60,6 +60,27 @@ impl DirtyBitmap {
         }
     }
 
+    /// Marks a word of granules at once: bit n of `bits` stands for the n-th granule from `first`
+    /// on, wherever that is.
+    #[inline]
+    pub fn set_bits(&self, first: GranuleIndex, bits: u64) {
+        let Some(last) = bits.checked_ilog2() else { return };
+        let first = first.get();
+        assert!(
+            first.checked_add(last.into()).is_some_and(|last| last < self.len),
+            "granules from {first} on are not all in a bitmap of {}",
+            self.len
+        );
+        let (word, low) = ((first / BITS) as usize, first % BITS);
+        // As above: whatever looks marked is marked again.
+        self.words[word].fetch_or(bits << low, Ordering::AcqRel);
+        // In two steps, since 64 is no number of bits to shift by.
+        let next = bits >> 1 >> (BITS - 1 - low);
+        if next != 0 {
+            self.words[word + 1].fetch_or(next, Ordering::AcqRel);
+        }
+    }
+
     /// Whether a granule is marked.
     #[inline]
     pub fn test(&self, granule: GranuleIndex) -> bool {
@@ -155,6 +176,30 @@ mod tests {
     #[should_panic(expected = "not all in a bitmap of 100")]
     fn marks_beyond_the_end_are_refused() {
         DirtyBitmap::new(100).set(range(99, 2));
+    }
+
+    #[test]
+    fn bits_are_the_granules_they_stand_for() {
+        for (first, bits, expected) in [
+            (0, 0b1011, vec![range(0, 2), range(3, 1)]),
+            (64, u64::MAX, vec![range(64, 64)]),
+            (65, u64::MAX, vec![range(65, 64)]),
+            (127, 0b101, vec![range(127, 1), range(129, 1)]),
+            (139, 1, vec![range(139, 1)]),
+            (1000, 0, vec![]),
+        ] {
+            let bitmap = DirtyBitmap::new(140);
+            bitmap.set_bits(GranuleIndex::new(first), bits);
+            let mut runs = Vec::new();
+            bitmap.take_into(&mut runs);
+            assert_eq!(runs, expected, "{bits:#x} from {first} on");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "not all in a bitmap of 100")]
+    fn bits_beyond_the_end_are_refused() {
+        DirtyBitmap::new(100).set_bits(GranuleIndex::new(99), 0b10);
     }
 
     #[test]

@@ -1,10 +1,9 @@
 //! Soft-dirty bits of another process.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 
 use pageferry_process::{Mapping, MappingFlags, Process};
-use pageferry_uffd::{ClearRefs, Errno, Pagemap, clear_refs};
-use rustix::fs::{FlockOperation, flock};
+use pageferry_uffd::{ClearRefs, Pagemap, clear_refs};
 
 use super::{
     ProcessTrackError,
@@ -12,7 +11,7 @@ use super::{
     look::{Before, Sight, discarded},
     pages::Looker,
 };
-use crate::DirtyError;
+use crate::{DirtyError, soft_dirty::claim};
 
 #[derive(Debug)]
 pub(super) struct Bits {
@@ -31,22 +30,17 @@ impl Bits {
             let doing = format!("claim its soft-dirty bits by {path}");
             ProcessTrackError::SoftDirty { pid, doing, source }
         };
-        let lock = OpenOptions::new().write(true).open(&path).map_err(failed)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::AGAIN) => {
-                let pid = pid.as_raw_nonzero().get().unsigned_abs();
-                return Err(DirtyError::AlreadyTracked { pid }.into());
-            }
-            Err(errno) => return Err(failed(errno.into())),
-        }
+        let Some(lock) = claim(&path).map_err(failed)? else {
+            let pid = pid.as_raw_nonzero().get().unsigned_abs();
+            return Err(DirtyError::AlreadyTracked { pid }.into());
+        };
         let bits = Self { process: process.clone(), looker: Looker::new(), _lock: lock };
         bits.clear()?;
         Ok(bits)
     }
 
     pub(super) fn calls(&self) -> u64 {
-        self.looker.calls
+        self.looker.calls()
     }
 
     /// Finds out what was written in a mapping.

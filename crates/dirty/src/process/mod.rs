@@ -97,6 +97,10 @@ pub struct ProcessHarvest {
     /// ascending order: mappings that came since the last harvest, that cannot be tracked, or that
     /// changed during the harvest.
     pub wholesale: Vec<HostRange>,
+    /// The part of [`wholesale`](Self::wholesale) that this method cannot track here, and will not
+    /// the next time: whole mappings. Another userfaultfd may have them, of a tracker or of the
+    /// process's own.
+    pub untracked: Vec<HostRange>,
     /// What it came to.
     pub harvested: Harvested,
 }
@@ -279,6 +283,9 @@ impl ProcessTracker {
                 }
                 _ => (Runs::default(), range.into()),
             };
+            if matches!(sight, Sight::Untracked) {
+                harvest.untracked.push(range);
+            }
             if let Sight::Tracked { own, .. } | Sight::Replaced { own } = sight {
                 places::hide_tracking(mapping);
                 known_now.push(Known { mapping: mapping.clone(), own });
@@ -322,17 +329,9 @@ impl Drop for ProcessTracker {
 
 /// What an error is of, if the process is no more.
 fn confirm(process: &Process, error: ProcessTrackError) -> ProcessTrackError {
-    let error = match process.check() {
+    match process.check() {
         Err(gone) if gone.is_gone() => gone.into(),
         _ => error,
-    };
-    match error {
-        // For a moment a process that ends looks like one that has other memory now: if so, it can
-        // be opened again.
-        ProcessTrackError::TargetExecuted { pid } if Process::open(pid).is_err() => {
-            ProcessTrackError::TargetExited { pid }
-        }
-        error => error,
     }
 }
 

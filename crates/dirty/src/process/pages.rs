@@ -1,17 +1,9 @@
 //! Which pages of a private mapping the process has of its own.
 
-use pageferry_memory::PageSize;
-use pageferry_uffd::{
-    Errno, HostRange, PageCategories, PageRegion, Pagemap, PagemapEntry, PagemapError, ScanFlags,
-    ScanRequest,
-};
+use pageferry_uffd::{HostRange, PageCategories, Pagemap, PagemapError, ScanFlags, ScanRequest};
 
 use super::runs::Runs;
-
-/// As many as the kernel fills in one go, some times over.
-const REGIONS: usize = 2048;
-/// Entries at a time, where the kernel does not scan.
-const ENTRIES: usize = 4096;
+use crate::scan::{Scanner, categories, is_wanted};
 
 /// Pages that are in memory, or swapped out, and not of a file: what a private mapping has that is
 /// not zeros or the file's.
@@ -25,14 +17,9 @@ pub(super) struct Own {
     pub(super) written: Runs,
 }
 
-/// Room for what the kernel answers, and the number of its calls.
+/// Looks at the pages of a process, and counts the calls of the kernel that takes.
 #[derive(Debug)]
-pub(super) struct Looker {
-    regions: Vec<PageRegion>,
-    entries: Vec<PagemapEntry>,
-    scans: bool,
-    pub(super) calls: u64,
-}
+pub(super) struct Looker(Scanner);
 
 const PRESENT: PageCategories = PageCategories::PRESENT;
 const FILE: PageCategories = PageCategories::FILE;
@@ -41,12 +28,11 @@ const THERE: PageCategories = PRESENT.union(PageCategories::SWAPPED);
 
 impl Looker {
     pub(super) fn new() -> Self {
-        Self {
-            regions: vec![PageRegion::default(); REGIONS],
-            entries: Vec::new(),
-            scans: true,
-            calls: 0,
-        }
+        Self(Scanner::new())
+    }
+
+    pub(super) fn calls(&self) -> u64 {
+        self.0.calls
     }
 
     /// Looks at the pages that are the process's own, and which of them are not protected. With
@@ -93,7 +79,7 @@ impl Looker {
         self.look(pagemap, &own_pages(range), &mut |run, _| runs.push(run))?;
         let mut own = Own::default();
         for run in runs.iter() {
-            self.entries(pagemap, run, &mut |page, entry| {
+            let looked = self.0.entries(pagemap, run, |page, entry| {
                 if !is_wanted(&own_pages(page), categories(entry)) {
                     return;
                 }
@@ -102,7 +88,8 @@ impl Looker {
                 if entry.soft_dirty() || entry.present() && !entry.exclusive() {
                     own.written.push(page);
                 }
-            })?;
+            });
+            looked.map_err(|failed| failed.error)?;
         }
         Ok(own)
     }
@@ -114,17 +101,10 @@ impl Looker {
         pagemap: &Pagemap,
         range: HostRange,
     ) -> Result<Runs, PagemapError> {
-        let request = ScanRequest {
-            range,
-            flags: ScanFlags::empty(),
-            max_pages: 0,
-            category_inverted: PRESENT,
-            category_mask: PageCategories::empty(),
-            category_anyof_mask: PRESENT | PageCategories::SOFT_DIRTY,
-            return_mask: PRESENT,
-        };
         let mut found = Runs::default();
-        self.look(pagemap, &request, &mut |range, _| found.push(range))?;
+        self.0
+            .soft_dirty_or_absent(pagemap, range, &mut |run, _| found.push(run))
+            .map_err(|failed| failed.error)?;
         Ok(found)
     }
 
@@ -134,85 +114,7 @@ impl Looker {
         request: &ScanRequest,
         found: &mut dyn FnMut(HostRange, PageCategories),
     ) -> Result<(), PagemapError> {
-        if self.scans {
-            match self.scan(pagemap, request, found) {
-                // Neither can have reported anything.
-                Err(PagemapError::Scan { errno: Errno::NOTTY, .. }) if request.flags.is_empty() => {
-                    self.scans = false;
-                }
-                result => return result,
-            }
-        }
-        self.read(pagemap, request, found)
-    }
-
-    fn scan(
-        &mut self,
-        pagemap: &Pagemap,
-        request: &ScanRequest,
-        found: &mut dyn FnMut(HostRange, PageCategories),
-    ) -> Result<(), PagemapError> {
-        let mut left = request.range;
-        while !left.is_empty() {
-            // Small ranges need no more, and every region is cleared before each call.
-            let pages = usize::try_from(left.len() / PageSize::base().bytes()).unwrap_or(REGIONS);
-            let regions = &mut self.regions[..pages.clamp(1, REGIONS)];
-            self.calls += 1;
-            let result = pagemap.scan(&ScanRequest { range: left, ..*request }, regions)?;
-            for region in &regions[..result.regions] {
-                found(region.range(), region.categories());
-            }
-            match result.walk_end.offset_from(left.start()) {
-                Some(walked) if walked > 0 => left = left.skip(walked),
-                _ => {
-                    return Err(PagemapError::Scan {
-                        range: left,
-                        errno: Errno::IO,
-                        regions: 0,
-                        walk_end: result.walk_end,
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn read(
-        &mut self,
-        pagemap: &Pagemap,
-        request: &ScanRequest,
-        found: &mut dyn FnMut(HostRange, PageCategories),
-    ) -> Result<(), PagemapError> {
-        self.entries(pagemap, request.range, &mut |page, entry| {
-            let categories = categories(entry);
-            if is_wanted(request, categories) {
-                found(page, categories & request.return_mask);
-            }
-        })
-    }
-
-    fn entries(
-        &mut self,
-        pagemap: &Pagemap,
-        range: HostRange,
-        each: &mut dyn FnMut(HostRange, PagemapEntry),
-    ) -> Result<(), PagemapError> {
-        let page = PageSize::base().bytes();
-        self.entries.resize(ENTRIES, PagemapEntry::default());
-        let mut left = range;
-        while !left.is_empty() {
-            self.calls += 1;
-            let count = pagemap.read_entries(left, &mut self.entries)?;
-            if count == 0 {
-                // The process has no memory any more.
-                return Err(PagemapError::Read { range: left, errno: Errno::SRCH });
-            }
-            for (index, &entry) in self.entries[..count].iter().enumerate() {
-                each(left.skip(index as u64 * page).take(page), entry);
-            }
-            left = left.skip(count as u64 * page);
-        }
-        Ok(())
+        self.0.look(pagemap, request, found).map_err(|failed| failed.error)
     }
 }
 
@@ -227,25 +129,6 @@ fn own_pages(range: HostRange) -> ScanRequest {
         category_anyof_mask: THERE,
         return_mask: PRESENT,
     }
-}
-
-/// An entry of the page map in terms of a scan.
-fn categories(entry: PagemapEntry) -> PageCategories {
-    let mut categories = PageCategories::empty();
-    categories.set(PRESENT, entry.present());
-    categories.set(PageCategories::SWAPPED, entry.swapped());
-    categories.set(FILE, entry.file());
-    categories.set(PageCategories::WRITTEN, !entry.uffd_wp());
-    categories.set(PageCategories::SOFT_DIRTY, entry.soft_dirty());
-    categories
-}
-
-/// Whether a scan would report a page.
-fn is_wanted(request: &ScanRequest, categories: PageCategories) -> bool {
-    let flipped = categories ^ request.category_inverted;
-    flipped.contains(request.category_mask)
-        && (request.category_anyof_mask.is_empty()
-            || flipped.intersects(request.category_anyof_mask))
 }
 
 #[cfg(test)]
@@ -265,7 +148,7 @@ mod tests {
         memory.advise(third, Advice::DontNeed).unwrap();
         let pagemap = Pagemap::open_self().unwrap();
         let mut lookers = [Looker::new(), Looker::new()];
-        lookers[1].scans = false;
+        lookers[1].0.scans = false;
         let found = lookers.map(|mut looker| looker.own(&pagemap, memory.range(), false).unwrap());
         for own in &found {
             let bytes = [&own.present, &own.swapped, &own.written].map(Runs::bytes);

@@ -69,7 +69,7 @@ impl Protection {
 
     /// Calls of the kernel so far.
     pub(super) fn calls(&self) -> u64 {
-        self.calls + self.scanner.calls + self.looker.calls
+        self.calls + self.scanner.calls + self.looker.calls()
     }
 
     /// Whether it matters what the kernel says of each mapping now.

@@ -84,7 +84,47 @@ fn sets_of_other_ranges_are_not_merged() {
     assert_eq!((set.take(), part.count()), (vec![range(0x40000, 0x10000)], 1));
 }
 
+#[test]
+fn what_was_marked_is_there_when_the_marker_has_gone() {
+    let set = DirtySet::new(&shapes()).unwrap();
+    let mut marker = set.marker();
+    marker.mark(range(0x11000, 1));
+    marker.mark(range(0x13000, 1));
+    drop(marker);
+    assert_eq!(set.take(), [range(0x11000, PAGE), range(0x13000, PAGE)]);
+    let lost = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mut marker = set.marker();
+        marker.mark(range(0x11000, 1));
+        panic!("on purpose");
+    }));
+    assert!(lost.is_err());
+    assert_eq!(set.take(), [range(0x11000, PAGE)]);
+}
+
 proptest! {
+    /// Words of any place and page size against the pages they stand for.
+    #[test]
+    fn words_are_the_pages_of_their_bits(
+        words in prop::collection::vec((0u64..0x90, any::<u64>(), any::<u64>(), any::<bool>()), 1..8),
+    ) {
+        // The first is of more pages than a word has.
+        let shapes = [tracked(0, 0x50000, PAGE), tracked(0x50000, 0x40000, 0x10000)];
+        let (set, expected) = (DirtySet::new(&shapes).unwrap(), DirtySet::new(&shapes).unwrap());
+        let (mut marker, mut pages) = (set.marker(), 0);
+        for (page, one, other, large) in words {
+            let size = if large { 0x2000 } else { PAGE };
+            // Some are all set, some none, most a quarter.
+            let bits = if one % 8 == 0 { u64::MAX } else { one & other };
+            marker.mark_word(HostAddress::new(page * PAGE), PageSize::try_new(size).unwrap(), bits);
+            for bit in (0..64).filter(|bit| bits >> bit & 1 == 1) {
+                pages += expected.mark(range(page * PAGE + bit * size, size));
+            }
+        }
+        // One that several bits are in counts as often at most.
+        prop_assert!(marker.finish() <= pages);
+        prop_assert_eq!(set.take(), expected.take());
+    }
+
     /// The set against the plain truth: a set of page addresses.
     #[test]
     fn marks_are_those_of_the_pages(

@@ -147,6 +147,18 @@ impl DirtyLog {
         &mut self,
         told: &mut dyn FnMut(u32, GranuleRange),
     ) -> Result<Harvested, KvmError> {
+        let mut runs = Runs::new(told);
+        let result = self.harvest_words(&mut |slot, first, bits| runs.word(slot, first, bits));
+        // What came before a failure, too.
+        runs.finish();
+        result
+    }
+
+    /// The same as words: the slot, the page that the lowest bit is for, and the bits, never none.
+    pub(super) fn harvest_words(
+        &mut self,
+        told: &mut dyn FnMut(u32, u64, u64),
+    ) -> Result<Harvested, KvmError> {
         if !self.tracked.is_armed() {
             return Err(KvmError::NotArmed);
         }
@@ -165,12 +177,10 @@ impl DirtyLog {
             if let Some(marks) = &slot.marks {
                 marks.take(slot.pages(), &mut |run| set(bits, run));
             }
-            let mut runs = Runs::default();
-            let mut told = |run| told(slot.slot, run);
             for (n, word) in bits.iter().enumerate().filter(|(_, word)| **word != 0) {
-                runs.word(n as u64 * 64, *word, &mut told);
+                harvested.pages += u64::from(word.count_ones());
+                told(slot.slot, n as u64 * 64, *word);
             }
-            harvested.pages += runs.finish(&mut told);
             harvested.calls += cleared?;
         }
         Ok(harvested)

@@ -13,7 +13,7 @@ use pageferry_memory::{GranuleIndex, GranuleRange};
 
 use super::{
     Harvested, TRACKED_PAGE, TrackedSlot,
-    pages::Pages,
+    pages::{Pages, Runs},
     slots::Tracked,
     sys::{self, Ring},
 };
@@ -84,8 +84,8 @@ impl RingSize {
 #[derive(Debug)]
 pub struct DirtyRing {
     collector: RingCollector,
-    /// What is about to be told.
-    runs: Vec<(u32, GranuleRange)>,
+    /// What is about to be told, slot by slot as they are collected.
+    telling: Box<[(u32, Pages)]>,
 }
 
 /// Empties the rings of a [`DirtyRing`], on any thread. Cheap to clone.
@@ -135,9 +135,11 @@ impl DirtyRing {
             .collect::<Result<_, _>>()
             .map_err(KvmError::ioctl("mapping a vCPU's dirty ring"))?;
         let collected = tracked.slots().iter().map(|slot| Pages::new(slot.pages())).collect();
+        let telling = tracked.slots().iter().map(|slot| (slot.slot, Pages::new(slot.pages())));
+        let telling = telling.collect();
         let rings = Rings { tracked, rings, collected, outstanding: 0, calls: 0, whole: false };
         let collector = RingCollector { shared: Arc::new(Mutex::new(rings)) };
-        Ok(Self { collector, runs: Vec::new() })
+        Ok(Self { collector, telling })
     }
 
     /// What empties the rings when one is full.
@@ -170,7 +172,7 @@ impl DirtyRing {
         }
         rings.collect()?;
         for &n in &missing {
-            rings.collected[n].take(&mut |_| {});
+            rings.collected[n].take(&mut |_, _| {});
         }
         rings.tracked.arm(&missing)
     }
@@ -189,28 +191,44 @@ impl DirtyRing {
         &mut self,
         told: &mut dyn FnMut(u32, GranuleRange),
     ) -> Result<Harvested, KvmError> {
+        let mut runs = Runs::new(told);
+        let harvested =
+            self.harvest_words(&mut |slot, first, bits| runs.word(slot, first, bits))?;
+        runs.finish();
+        Ok(harvested)
+    }
+
+    /// The same as words: the slot, the page that the lowest bit is for, and the bits, never none.
+    pub(super) fn harvest_words(
+        &mut self,
+        told: &mut dyn FnMut(u32, u64, u64),
+    ) -> Result<Harvested, KvmError> {
         let mut guard = self.collector.lock();
         let rings = &mut *guard;
         if !rings.tracked.is_armed() {
             return Err(KvmError::NotArmed);
         }
         rings.collect()?;
-        let calls = std::mem::take(&mut rings.calls);
-        let whole = std::mem::take(&mut rings.whole);
-        let mut pages = 0;
+        let (calls, whole) = (std::mem::take(&mut rings.calls), std::mem::take(&mut rings.whole));
         for n in rings.tracked.armed() {
             let (slot, collected) = (&rings.tracked.slots()[n], &mut rings.collected[n]);
             if let Some(marks) = &slot.marks {
                 marks.take(slot.pages(), &mut |run| collected.add_all(run));
             }
-            pages += collected.take(&mut |run| self.runs.push((slot.slot, run)));
+            let telling = &mut self.telling[n].1;
+            if telling.is_empty() {
+                std::mem::swap(telling, collected);
+            } else {
+                // Whoever was told by the last harvest has panicked.
+                collected.take(&mut |first, bits| telling.add_word(first, bits));
+            }
         }
         // A vCPU whose ring is full meanwhile need not wait until all has been told.
         drop(guard);
-        for (slot, run) in self.runs.drain(..) {
-            told(slot, run);
-        }
-        Ok(Harvested { pages, calls, whole })
+        let telling = self.telling.iter_mut();
+        let pages =
+            telling.map(|(slot, pages)| pages.take(&mut |first, bits| told(*slot, first, bits)));
+        Ok(Harvested { pages: pages.sum(), calls, whole })
     }
 
     /// Writes are tracked no longer, until it is armed again. What has not been harvested is

@@ -1,7 +1,7 @@
 //! KVM's dirty log and dirty ring behind the interface of all trackers.
 
-use pageferry_dirty::{DirtyError, DirtySet, Harvested, Method, Tracked, Tracker};
-use pageferry_memory::{GranuleRange, HostAddress, HostRange};
+use pageferry_dirty::{DirtyError, DirtySet, Harvested, Marker, Method, Tracked, Tracker};
+use pageferry_memory::{HostAddress, HostRange, PageSize};
 
 use super::{DirtyLog, DirtyRing, TRACKED_PAGE, TrackedSlot};
 use crate::KvmError;
@@ -139,9 +139,8 @@ impl KvmTracker {
 struct Noting<'a> {
     views: &'a [(u32, HostRange)],
     ranges: &'a [Tracked],
-    into: &'a DirtySet,
-    pages: u64,
-    /// The slot of the last run, and the armed range: most often those of the next.
+    marker: Marker<'a>,
+    /// The slot of the last word, and the armed range: most often those of the next.
     last: Option<(u32, HostRange)>,
     armed: HostRange,
 }
@@ -149,10 +148,10 @@ struct Noting<'a> {
 impl<'a> Noting<'a> {
     fn new(views: &'a [(u32, HostRange)], ranges: &'a [Tracked], into: &'a DirtySet) -> Self {
         let armed = HostRange::new(HostAddress::new(0), 0);
-        Self { views, ranges, into, pages: 0, last: None, armed }
+        Self { views, ranges, marker: into.marker(), last: None, armed }
     }
 
-    fn note(&mut self, slot: u32, run: GranuleRange) {
+    fn note(&mut self, slot: u32, first: u64, bits: u64) {
         let view = match self.last {
             Some((last, view)) if last == slot => view,
             _ => {
@@ -162,21 +161,32 @@ impl<'a> Noting<'a> {
                 self.views[found].1
             }
         };
-        let start = HostAddress::new(view.start().get() + run.first().get() * TRACKED_PAGE);
-        let run = HostRange::new(start, run.count() * TRACKED_PAGE);
-        if self.armed.contains_range(run) {
-            self.pages += self.into.mark(run);
-        } else {
-            self.note_parts(run);
+        let Some(highest) = bits.checked_ilog2() else { return };
+        let word = view.skip(first * TRACKED_PAGE).take((u64::from(highest) + 1) * TRACKED_PAGE);
+        if !self.armed.contains_range(word) {
+            let at = self.ranges.partition_point(|armed| armed.range.end() <= word.start());
+            match self.ranges.get(at) {
+                Some(armed) if armed.range.contains_range(word) => self.armed = armed.range,
+                Some(_) => return self.note_parts(word, bits),
+                None => return,
+            }
         }
+        self.marker.mark_word(word.start(), PageSize::SIZE_4K, bits);
     }
 
-    fn note_parts(&mut self, run: HostRange) {
-        let first = self.ranges.partition_point(|armed| armed.range.end() <= run.start());
-        for armed in &self.ranges[first..] {
-            let Some(part) = armed.range.intersection(run) else { break };
-            self.pages += self.into.mark(part);
-            self.armed = armed.range;
+    /// How many pages were noted.
+    fn finish(self) -> u64 {
+        self.marker.finish()
+    }
+
+    /// A word of which a part is armed.
+    fn note_parts(&mut self, word: HostRange, bits: u64) {
+        for page in (0..u64::BITS).filter(|page| bits >> page & 1 == 1) {
+            let page = word.skip(u64::from(page) * TRACKED_PAGE).take(TRACKED_PAGE);
+            let at = self.ranges.partition_point(|armed| armed.range.end() <= page.start());
+            if self.ranges.get(at).is_some_and(|armed| armed.range.contains_range(page)) {
+                self.marker.mark(page);
+            }
         }
     }
 }
@@ -215,12 +225,12 @@ impl Tracker for KvmTracker {
             return Ok(harvested);
         }
         let mut noting = Noting::new(&self.views, &self.ranges, into);
-        let told = &mut |slot, run| noting.note(slot, run);
+        let told = &mut |slot, first, bits| noting.note(slot, first, bits);
         let result = match &mut self.kvm {
-            Kvm::Log(log) => log.harvest(told),
-            Kvm::Ring(ring) => ring.harvest(told),
+            Kvm::Log(log) => log.harvest_words(told),
+            Kvm::Ring(ring) => ring.harvest_words(told),
         };
-        harvested.pages = noting.pages;
+        harvested.pages = noting.finish();
         match result {
             Ok(found) => {
                 harvested.calls = found.calls;

@@ -230,7 +230,6 @@ fn measure(
     progress: &ProgressBar,
 ) -> anyhow::Result<Vec<Series>> {
     let written = case::written(memory.pages(), share, args.seed);
-    let mut found = Found::new(memory.pages());
     let mut series: Vec<Series> = methods
         .iter()
         .flat_map(|&method| {
@@ -246,8 +245,8 @@ fn measure(
             let place = if round % 2 == 0 { place } else { count - 1 - place };
             let one = &mut series[place];
             turn += 1;
-            let measured = once(one.who, one.method, memory, &written, turn, &mut found)
-                .with_context(|| {
+            let measured =
+                once(one.who, one.method, memory, &written, turn).with_context(|| {
                     let who = if one.who == Who::Raw { "raw" } else { "pageferry" };
                     let (bytes, percent) = (size::display(memory.bytes), share * 100.0);
                     format!("{who}: {}, {bytes}, {percent}% written", one.method)
@@ -267,7 +266,6 @@ fn once(
     memory: &Memory,
     written: &[u64],
     turn: u64,
-    found: &mut Found,
 ) -> anyhow::Result<Measurement> {
     let timed = |work: &mut dyn FnMut() -> anyhow::Result<()>| {
         let start = std::time::Instant::now();
@@ -277,10 +275,11 @@ fn once(
     let mut writer = Writer::new(method, memory, written)?;
     let untracked = writer.write_untracked(turn)?;
     let before = case::resident()?;
+    // As untouched as the library's own bitmap, which is what it is for *raw*.
+    let found = &mut Found::new(memory.pages());
     let mut contender = contender(who, method, memory, &writer)?;
     let arm = timed(&mut || contender.arm())?;
     let tracked = writer.write(turn + 1, &mut || contender.collect())?;
-    found.clear();
     let harvest = timed(&mut || contender.harvest(found))?;
     contender.report(found);
     check(memory, method, written, found)?;

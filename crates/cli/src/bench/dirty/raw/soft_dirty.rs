@@ -1,4 +1,4 @@
-//! `/proc/self/clear_refs` and `/proc/self/pagemap`.
+//! `/proc/self/clear_refs`, and PAGEMAP_SCAN where the kernel has it, else `/proc/self/pagemap`.
 
 use std::{
     fs::{File, OpenOptions},
@@ -8,8 +8,11 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::super::case::{Contender, Found, Memory};
-use crate::bench::case::PAGE;
+use super::{
+    super::case::{Contender, Found, Memory},
+    sys,
+};
+use crate::bench::{case::PAGE, reference::sys::Range};
 
 /// Bit 55 of an entry: written since the last clearing.
 const SOFT_DIRTY: u64 = 1 << 55;
@@ -18,6 +21,8 @@ const ENTRIES: usize = 1 << 16;
 
 pub(in super::super) struct SoftDirty {
     clear_refs: File,
+    /// If the kernel scans.
+    scan: Option<sys::Scan>,
     pagemap: File,
     first: u64,
     pages: u64,
@@ -29,12 +34,16 @@ impl SoftDirty {
         let open = |path: &str, write: bool| {
             OpenOptions::new().read(!write).write(write).open(path).context(path.to_owned())
         };
+        let mut scan = sys::Scan::new().context("/proc/self/pagemap")?;
+        let page = Range { start: memory.mapping.range().start().get(), len: PAGE as u64 };
+        let scans = scan.soft_dirty(page, |_| ()).is_ok();
         Ok(Self {
+            scan: scans.then_some(scan),
             clear_refs: open("/proc/self/clear_refs", true)?,
             pagemap: open("/proc/self/pagemap", false)?,
             first: memory.mapping.range().start().get() / PAGE as u64,
             pages: memory.pages(),
-            buffer: vec![0; ENTRIES * 8],
+            buffer: if scans { Vec::new() } else { vec![0; ENTRIES * 8] },
         })
     }
 }
@@ -46,6 +55,15 @@ impl Contender for SoftDirty {
 
     /// Nobody writes during it, in this benchmark.
     fn harvest(&mut self, found: &mut Found) -> anyhow::Result<()> {
+        if let Some(scan) = &mut self.scan {
+            let start = self.first * PAGE as u64;
+            let range = Range { start, len: self.pages * PAGE as u64 };
+            scan.soft_dirty(range, |run| {
+                found.mark((run.start - start) / PAGE as u64, run.len / PAGE as u64);
+            })
+            .context("PAGEMAP_SCAN")?;
+            return self.arm();
+        }
         let mut page = 0;
         while page < self.pages {
             let count = (self.pages - page).min(ENTRIES as u64);

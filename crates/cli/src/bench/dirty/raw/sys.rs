@@ -25,6 +25,7 @@ const PROTECT: u64 = 1 << 0;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: u32 = 0xc000_6610 | (size_of::<pm_scan_arg>() as u32) << 16;
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_SOFT_DIRTY: u64 = 1 << 7;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
@@ -53,13 +54,28 @@ impl Scan {
     }
 
     /// Calls `run` with each run of written pages, all of which are write-protected again.
-    pub(super) fn written(&mut self, range: Range, mut run: impl FnMut(Range)) -> io::Result<()> {
+    pub(super) fn written(&mut self, range: Range, run: impl FnMut(Range)) -> io::Result<()> {
+        self.find(range, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, PAGE_IS_WRITTEN, run)
+    }
+
+    /// Calls `run` with each run of pages that have their soft-dirty bit.
+    pub(super) fn soft_dirty(&mut self, range: Range, run: impl FnMut(Range)) -> io::Result<()> {
+        self.find(range, 0, PAGE_IS_SOFT_DIRTY, run)
+    }
+
+    fn find(
+        &mut self,
+        range: Range,
+        flags: u64,
+        category: u64,
+        mut run: impl FnMut(Range),
+    ) -> io::Result<()> {
         let end = range.start + range.len;
         let mut start = range.start;
         while start < end {
             let mut argument = pm_scan_arg {
                 size: size_of::<pm_scan_arg>() as u64,
-                flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+                flags,
                 start,
                 end,
                 walk_end: 0,
@@ -67,9 +83,9 @@ impl Scan {
                 vec_len: self.regions.len() as u64,
                 max_pages: 0,
                 category_inverted: 0,
-                category_mask: PAGE_IS_WRITTEN,
+                category_mask: category,
                 category_anyof_mask: 0,
-                return_mask: PAGE_IS_WRITTEN,
+                return_mask: category,
             };
             // SAFETY: PAGEMAP_SCAN takes a `pm_scan_arg`, and writes at most `vec_len` regions to
             // `vec`, which has that many.

@@ -174,11 +174,11 @@ pub(crate) struct Copied {
 
 impl<'a> Reader<'a> {
     /// `stands_still`: the process is stopped, and stays so while it is read.
-    pub(crate) fn new(process: &'a Process, stands_still: bool) -> Result<Self, PagemapError> {
+    pub(crate) fn new(process: &'a Process, stands_still: bool) -> Result<Self, ProcessError> {
         Ok(Self {
             process,
             stands_still,
-            pagemap: Pagemap::open(process.pid().as_raw_nonzero().get().unsigned_abs())?,
+            pagemap: process.pagemap()?,
             populated: Populated::default(),
             buffer: vec![0; PIECE as usize],
             extents: None,

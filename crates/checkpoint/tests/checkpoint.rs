@@ -2,15 +2,16 @@
 
 mod common;
 
-use std::{ops::ControlFlow, path::Path};
+use std::{ops::ControlFlow, path::Path, sync::Arc};
 
 use common::Target;
 use pageferry_checkpoint::{Directory, Event, Options, Receiving, Remote, Why, checkpoint};
 use pageferry_dirty::{self as dirty, Ability, Method, probe};
 use pageferry_image::{Chain, Content, ImageRange, Missing, list};
-use pageferry_memory::ImageOffset;
+use pageferry_memory::{ImageOffset, Mapping as MemoryMapping};
 use pageferry_migrate::{Endpoint, ImageReceiver, ReceiverOptions, SenderOptions, Stop};
 use pageferry_process::{Detail, Mapping, MappingName, Process, Signal, StopMethod};
+use pageferry_testing::{child, target};
 use pageferry_uffd::{HostAddress, HostRange, Pagemap, PagemapEntry};
 
 /// Not a test: what the children of the others do.
@@ -40,7 +41,7 @@ fn silent(_: Event) -> bool {
 
 /// Every page of a stopped process, against a chain. Answers with how many were compared.
 fn compare(process: &Process, chain: &Chain) -> u64 {
-    let pagemap = Pagemap::open(process.pid().as_raw_nonzero().get() as u32).unwrap();
+    let pagemap = process.pagemap().unwrap();
     let mut compared = 0;
     for mapping in process.mappings(Detail::Full).unwrap() {
         if mapping.takeable().is_err() {
@@ -344,7 +345,7 @@ fn what_came_and_went_is_not_in_the_chain() {
         };
         checkpoint(&process, &mut destination, &options, &mut silent).unwrap();
         let chain = verify(directory.path());
-        let pagemap = Pagemap::open(process.pid().as_raw_nonzero().get() as u32).unwrap();
+        let pagemap = process.pagemap().unwrap();
         let mappings = process.mappings(Detail::Names).unwrap();
         let large = mappings.iter().find(|mapping| mapping.range.len() == 3 << 30).unwrap();
         let mut there = 0;
@@ -447,6 +448,46 @@ fn private_copies_over_files_and_what_shows_through() {
         let broken: u64 = report.rounds.iter().map(|round| round.broken).sum();
         assert_eq!(broken, 0, "{method:?}: there is no broken memory");
     }
+}
+
+#[test]
+fn a_process_whose_first_thread_has_ended() {
+    const ME: &str = "a_process_whose_first_thread_has_ended";
+    if child::case().is_some() {
+        target::alone();
+        let memory = Arc::new(MemoryMapping::anonymous(64 * 4096).unwrap());
+        let (started, written) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for turn in 0_u64.. {
+                memory.write_at(turn % 64 * 4096, &turn.to_ne_bytes()).unwrap();
+                if turn == 64 {
+                    started.send(()).unwrap();
+                }
+            }
+        });
+        written.recv().unwrap();
+        target::tell("writes");
+        // SAFETY: it ends this thread, and nothing of it is used any more.
+        unsafe { libc::syscall(libc::SYS_exit, 0) };
+    }
+    if !can_track(None) {
+        return;
+    }
+    let target = target::Target::start_alone(ME, "run");
+    assert_eq!(target.hear(), "writes");
+    pageferry_testing::wait_for("the first thread's end", || target.state() == 'Z');
+    let process = Process::open(target.pid()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut destination = Directory::open(directory.path()).unwrap();
+    let options = Options {
+        rounds: 2,
+        downtime: Default::default(),
+        leave_stopped: true,
+        ..Options::default()
+    };
+    let report = checkpoint(&process, &mut destination, &options, &mut silent).unwrap();
+    assert_eq!(report.rounds.len(), 3);
+    assert!(compare(&process, &verify(directory.path())) > 64);
 }
 
 /// Without room for the last image the process goes on, though it was to be left stopped.

@@ -10,6 +10,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use pageferry_uffd::Pagemap;
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
@@ -151,6 +152,20 @@ impl Process {
             return Err(ProcessError::Ended { pid: self.pid(), doing: "listing its threads" });
         }
         Ok(threads)
+    }
+
+    /// Its page map: that of the memory it had when it was opened.
+    ///
+    /// # Errors
+    ///
+    /// [`ProcessError::Ended`], [`Replaced`](ProcessError::Replaced), or it cannot be opened.
+    pub fn pagemap(&self) -> Result<Pagemap, ProcessError> {
+        let pid = self.pid();
+        let file = status::read_by_thread(pid, "pagemap", |path| File::open(path));
+        // Only now is it known whose it is.
+        self.check()?;
+        let ended = ProcessError::Ended { pid, doing: "opening its page map" };
+        Ok(Pagemap::from_fd(file?.ok_or(ended)?.into()))
     }
 
     /// Its mappings, in ascending order.

@@ -290,6 +290,12 @@ impl Pagemap {
         Self::open_path(format!("/proc/{pid}/pagemap"))
     }
 
+    /// The page map behind an open `pagemap` file, which may be that of a thread
+    /// (`/proc/PID/task/TID/pagemap`): the first thread may have ended before the others.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
     fn open_path(path: String) -> Result<Self, PagemapError> {
         match rustix::fs::open(path.as_str(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(fd) => Ok(Self { fd }),

@@ -3,6 +3,8 @@
 //! bytes hardly ever get.
 #![no_main]
 
+mod choices;
+
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use pageferry_migrate::{
     core::{
@@ -13,8 +15,6 @@ use pageferry_migrate::{
 };
 
 const PAGE: u64 = 4096;
-/// More than one frame of payload is never accepted.
-const MOST_PAYLOAD: u32 = 128 << 10;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut input = Input { choices: Unstructured::new(data), bytes: Vec::new(), page: 0 };
@@ -93,20 +93,11 @@ impl Input<'_> {
         let length = if self.choices.ratio(7, 8)? { whole } else { self.choices.arbitrary()? };
         let fragment = if self.choices.ratio(1, 16)? { Some(self.near(PAGE)?) } else { None };
         self.bytes.extend(Encoder::data(&DataHeader { span, length, fragment }));
-        let sent = if self.choices.ratio(15, 16)? { length } else { self.choices.arbitrary()? };
-        let filling = self.choices.arbitrary()?;
-        self.bytes.resize(self.bytes.len() + sent.min(MOST_PAYLOAD) as usize, filling);
-        Ok(())
+        choices::payload(&mut self.choices, length, &mut self.bytes)
     }
 
-    /// A number at and around the interesting ones, or any.
     fn near(&mut self, edge: u64) -> Result<u64> {
-        Ok(match self.choices.int_in_range(0..=3_u8)? {
-            0 => self.choices.int_in_range(0..=8)?,
-            1 => edge.wrapping_sub(2).wrapping_add(self.choices.int_in_range(0..=4)?),
-            2 => self.choices.int_in_range(0..=edge)?,
-            _ => self.choices.arbitrary()?,
-        })
+        choices::near(&mut self.choices, edge)
     }
 
     fn span(&mut self) -> Result<WireSpan> {

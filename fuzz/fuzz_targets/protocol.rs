@@ -4,4 +4,5 @@
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     pageferry_migrate::fuzz::decode(data);
     pageferry_migrate::fuzz::images(data);
+    pageferry_migrate::fuzz::guests(data);
 });

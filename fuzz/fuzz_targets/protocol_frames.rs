@@ -3,6 +3,10 @@
 //! random bytes hardly ever get.
 #![no_main]
 
+mod choices;
+
+use choices::near;
+
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use pageferry_migrate::{
     core::{
@@ -13,8 +17,6 @@ use pageferry_migrate::{
 };
 
 const PAGE: u64 = 4096;
-/// More than one frame of payload is never accepted.
-const MOST_PAYLOAD: u32 = 128 << 10;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut choices = Unstructured::new(data);
@@ -45,9 +47,7 @@ fn append(choices: &mut Unstructured<'_>, bytes: &mut Vec<u8>) -> Result<()> {
             let fragment = if choices.ratio(1, 4)? { Some(near(choices, PAGE)?) } else { None };
             let header = DataHeader { span, length, fragment };
             bytes.extend(Encoder::data(&header));
-            let sent = if choices.ratio(15, 16)? { length } else { choices.arbitrary()? };
-            bytes.resize(bytes.len() + sent.min(MOST_PAYLOAD) as usize, choices.arbitrary()?);
-            return Ok(());
+            return choices::payload(choices, length, bytes);
         }
         8 => Frame::Zero { span: span(choices)? },
         9 => Frame::Poison { span: span(choices)? },
@@ -69,16 +69,6 @@ fn append(choices: &mut Unstructured<'_>, bytes: &mut Vec<u8>) -> Result<()> {
     };
     Encoder::encode(&frame, bytes);
     Ok(())
-}
-
-/// A number at and around the interesting ones, or any.
-fn near(choices: &mut Unstructured<'_>, edge: u64) -> Result<u64> {
-    Ok(match choices.int_in_range(0..=3_u8)? {
-        0 => choices.int_in_range(0..=8)?,
-        1 => edge.wrapping_sub(2).wrapping_add(choices.int_in_range(0..=4)?),
-        2 => choices.int_in_range(0..=edge)?,
-        _ => choices.arbitrary()?,
-    })
 }
 
 fn span(choices: &mut Unstructured<'_>) -> Result<WireSpan> {

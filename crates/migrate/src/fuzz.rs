@@ -1,5 +1,9 @@
 //! One harness for unit tests, property tests and fuzzing of the protocol core.
 
+mod guests;
+
+pub use guests::guests;
+
 use crate::core::{
     Channel, ClientSession, Decoder, Encoder, Frame, Geometry, ImageEnd, ImageLimits,
     ImageReceiverSession, ImageSenderSession, Item, Kind, MIN_MAX_PAYLOAD, Phase, ProtocolError,

@@ -2,16 +2,8 @@
 
 use super::{
     Channel, Counts, Frame, Geometry, Hello, Kind, Phase, ProtocolError, Role, SessionId, Terms,
-    WireSpan, client_next,
+    client_next, parts::Parts,
 };
-
-/// A granule that is being received in parts.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-struct Fragment {
-    region: u16,
-    granule: u64,
-    next: u64,
-}
 
 /// What one connection of a destination may receive, and what it has agreed on.
 ///
@@ -26,7 +18,7 @@ pub struct ClientSession {
     phase: Phase,
     agreed: Option<Hello>,
     geometry: Option<Geometry>,
-    fragment: Option<Fragment>,
+    parts: Parts,
     sent_counts: Option<Counts>,
 }
 
@@ -57,7 +49,7 @@ impl ClientSession {
             phase: Phase::Greeting,
             agreed: None,
             geometry,
-            fragment: None,
+            parts: Parts::default(),
             sent_counts: None,
         }
     }
@@ -89,7 +81,7 @@ impl ClientSession {
     /// Whether a granule has been received in part.
     #[must_use]
     pub fn in_fragment(&self) -> bool {
-        self.fragment.is_some()
+        self.parts.begun()
     }
 
     /// The counts are about to be sent.
@@ -131,23 +123,15 @@ impl ClientSession {
             Frame::Regions(regions) => self.geometry = Some(Geometry::new(regions.clone())?),
             Frame::Data(data) => {
                 let granule = self.regions().check_data(data)?.granule;
-                self.sequence(data.span, data.fragment, data.length, granule)?;
+                self.parts.data(data, granule)?;
             }
             Frame::Zero { span } => {
                 self.regions().check(kind, *span)?;
-                self.no_fragment("a zero answer")?;
+                self.parts.zero()?;
             }
             Frame::Poison { span } => {
                 self.regions().check(kind, *span)?;
-                let begun = self.fragment.map(|f| WireSpan {
-                    region: f.region,
-                    first: f.granule,
-                    count: 1,
-                });
-                if begun == Some(*span) {
-                    self.fragment = None;
-                }
-                self.no_fragment("a poison answer")?;
+                self.parts.poison(*span)?;
             }
             Frame::CompleteAck(theirs) => {
                 let ours = self.sent_counts.unwrap_or_default();
@@ -164,40 +148,5 @@ impl ClientSession {
 
     fn regions(&self) -> &Geometry {
         self.geometry.as_ref().expect("no answer is legal before the regions are known")
-    }
-
-    fn no_fragment(&self, what: &'static str) -> Result<(), ProtocolError> {
-        match self.fragment {
-            None => Ok(()),
-            Some(Fragment { region, granule, next }) => {
-                Err(ProtocolError::Fragment { region, granule, expected: next, what })
-            }
-        }
-    }
-
-    /// Parts of a granule come in order, from 0 on, with no other answer among them.
-    fn sequence(
-        &mut self,
-        span: WireSpan,
-        fragment: Option<u64>,
-        length: u32,
-        granule_len: u64,
-    ) -> Result<(), ProtocolError> {
-        let Some(offset) = fragment else {
-            return self.no_fragment("another granule's data");
-        };
-        let due =
-            self.fragment.unwrap_or(Fragment { region: span.region, granule: span.first, next: 0 });
-        if (due.region, due.granule, due.next) != (span.region, span.first, offset) {
-            return Err(ProtocolError::Fragment {
-                region: due.region,
-                granule: due.granule,
-                expected: due.next,
-                what: "another part",
-            });
-        }
-        let next = offset + u64::from(length);
-        self.fragment = (next < granule_len).then_some(Fragment { next, ..due });
-        Ok(())
     }
 }

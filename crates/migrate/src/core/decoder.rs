@@ -3,20 +3,20 @@
 use zerocopy::FromBytes;
 
 use super::{
-    Counts, DataHeader, Frame, HEADER_LEN, Hello, ImageBegin, ImageEnd, ImageStored, Kind,
-    MAX_CHUNK, MAX_REGIONS, MAX_TEXT, ProtocolError, REGION_LEN, Refusal, RefusalCode, RegionInfo,
-    WireSpan,
-    frame::{FLAG_FRAGMENT, FLAG_PARENT, FLAG_PREFETCH, FRAME_MAGIC, RawHeader},
-    hello::{HELLO_LEN, HELLO_MAX},
-    images::{IMAGE_BEGIN_LEN, IMAGE_END_LEN, IMAGE_STORED_LEN},
+    AcceptedRegion, Belief, Codec, Counts, DataHeader, Frame, HEADER_LEN, Hello, ImageBegin,
+    ImageEnd, ImageStored, Kind, PackedHeader, ProtocolError, REGION_LEN, Refusal, RefusalCode,
+    RegionInfo, StateInfo, UnitRun, WireSpan,
+    frame::{FLAG_FRAGMENT, FLAG_PARENT, FLAG_PREFETCH, RawHeader},
+    guest::{ACCEPT_LEN, RUN_LEN},
+    layout::check_header,
 };
 
 /// What [`Decoder::feed`] found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Item<'a> {
-    /// A whole frame. After [`Frame::Data`] its payload follows.
+    /// A whole frame. After [`Frame::Data`] and [`Frame::Packed`] its payload follows.
     Frame(Frame),
-    /// A piece of the payload of the last `Data` frame.
+    /// A piece of the payload of the last `Data` or `Packed` frame.
     Payload(&'a [u8]),
 }
 
@@ -35,7 +35,7 @@ enum State {
 /// Takes bytes in any split and yields frames.
 ///
 /// Holds at most one control frame ([`MAX_CONTROL`](super::MAX_CONTROL) bytes), and memory for it
-/// only as its bytes arrive. Data payloads are never held.
+/// only as its bytes arrive. Payloads of pages are never held.
 #[derive(Debug)]
 pub struct Decoder {
     state: State,
@@ -45,7 +45,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// A decoder that takes `Data` payloads of up to `max_payload` bytes.
+    /// A decoder that takes payloads of pages of up to `max_payload` bytes.
     #[must_use]
     pub fn new(max_payload: u32) -> Self {
         Self {
@@ -164,6 +164,15 @@ impl Decoder {
                     fragment: (header.flags & FLAG_FRAGMENT != 0).then(|| header.aux.get()),
                 })
             }
+            Kind::Packed => {
+                let codec = Codec::from_wire(header.aux.get())?;
+                self.state = State::Payload { remaining: header.length.get() };
+                Frame::Packed(PackedHeader {
+                    span: span(&header),
+                    codec,
+                    length: header.length.get(),
+                })
+            }
             // Every other payload is a control frame's: `check_header` has bounded it.
             _ if header.length.get() != 0 => {
                 self.state = State::Control { header, kind };
@@ -179,100 +188,21 @@ fn span(header: &RawHeader) -> WireSpan {
     WireSpan { region: header.region.get(), first: header.first.get(), count: header.count.get() }
 }
 
-/// Checks everything about a header that needs no region.
-fn check_header(header: &RawHeader, max_payload: u32) -> Result<Kind, ProtocolError> {
-    if header.magic.get() != FRAME_MAGIC {
-        return Err(ProtocolError::BadMagic { got: header.magic.get() });
-    }
-    let kind = Kind::from_wire(header.kind).ok_or(ProtocolError::UnknownKind(header.kind))?;
-    let length = header.length.get();
-    let bad_length =
-        |expected: String| ProtocolError::PayloadLength { kind, got: u64::from(length), expected };
-
-    // Which of region+first, count, aux and flags this kind uses.
-    let (place, count, aux, flags) = match kind {
-        Kind::Hello | Kind::Bye | Kind::ImageEnd | Kind::ImageAbort | Kind::ImageStored => {
-            (false, false, false, 0)
-        }
-        Kind::Regions => (false, true, false, 0),
-        Kind::Request => (true, true, false, FLAG_PREFETCH),
-        Kind::Expedite | Kind::Zero | Kind::Poison | Kind::Gone => (true, true, false, 0),
-        Kind::Data => (true, true, header.flags & FLAG_FRAGMENT != 0, FLAG_FRAGMENT),
-        Kind::Complete | Kind::CompleteAck => (true, false, true, 0),
-        Kind::Error | Kind::Ping | Kind::Pong | Kind::ImageMetadata | Kind::ImageMappings => {
-            (false, false, true, 0)
-        }
-        Kind::ImageBegin => (false, false, false, FLAG_PARENT),
-    };
-    let counts_only = matches!(kind, Kind::Complete | Kind::CompleteAck);
-    let not_zero = |field| Err(ProtocolError::NotZero { kind, field });
-    if header.reserved.get() != 0 {
-        return not_zero("the reserved field");
-    }
-    if header.flags & !flags != 0 {
-        return not_zero("an unknown flag");
-    }
-    if (!place || counts_only) && header.region.get() != 0 {
-        return not_zero("the region");
-    }
-    if !place && header.first.get() != 0 {
-        return not_zero("the first granule");
-    }
-    if !count && header.count.get() != 0 {
-        return not_zero("the count");
-    }
-    if !aux && header.aux.get() != 0 {
-        return not_zero("the auxiliary field");
-    }
-
-    let exactly = |expected: usize| {
-        if length as usize == expected {
-            Ok(())
-        } else {
-            Err(bad_length(format!("exactly {expected} needed")))
-        }
-    };
-    match kind {
-        Kind::Data if length == 0 || length > max_payload => {
-            return Err(bad_length(format!("1 to {max_payload} allowed")));
-        }
-        Kind::Hello if !(HELLO_LEN as u32..=HELLO_MAX).contains(&length) => {
-            return Err(bad_length(format!("{HELLO_LEN} to {HELLO_MAX} allowed")));
-        }
-        Kind::Regions => {
-            if header.count.get() > MAX_REGIONS {
-                return Err(ProtocolError::TooManyRegions(header.count.get()));
-            }
-            let expected = header.count.get() * REGION_LEN as u32;
-            if length != expected {
-                return Err(bad_length(format!("its regions have {expected}")));
-            }
-        }
-        Kind::Error | Kind::ImageAbort if length > MAX_TEXT => {
-            return Err(bad_length(format!("at most {MAX_TEXT} allowed")));
-        }
-        Kind::ImageMetadata | Kind::ImageMappings if length == 0 || length > MAX_CHUNK => {
-            return Err(bad_length(format!("1 to {MAX_CHUNK} allowed")));
-        }
-        Kind::ImageBegin => exactly(IMAGE_BEGIN_LEN)?,
-        Kind::ImageEnd => exactly(IMAGE_END_LEN)?,
-        Kind::ImageStored => exactly(IMAGE_STORED_LEN)?,
-        Kind::Data
-        | Kind::Hello
-        | Kind::Error
-        | Kind::ImageAbort
-        | Kind::ImageMetadata
-        | Kind::ImageMappings => {}
-        _ if length != 0 => return Err(bad_length("none allowed".into())),
-        _ => {}
-    }
-    Ok(kind)
+/// Reads the code and text of an `Error` or `Cancel` frame.
+fn refusal(kind: Kind, header: &RawHeader, payload: &[u8]) -> Result<Refusal, ProtocolError> {
+    let code = u16::try_from(header.aux.get())
+        .map_err(|_| ProtocolError::NotZero { kind, field: "the upper part of the code" })?;
+    Ok(Refusal::new(RefusalCode::from_wire(code), &String::from_utf8_lossy(payload)))
 }
 
-/// Builds any frame but `Data` from its checked header and its payload.
+fn runs(payload: &[u8]) -> Vec<UnitRun> {
+    payload.as_chunks::<RUN_LEN>().0.iter().map(UnitRun::from_bytes).collect()
+}
+
+/// Builds any frame but those of pages from its checked header and its payload.
 fn control_frame(kind: Kind, header: &RawHeader, payload: &[u8]) -> Result<Frame, ProtocolError> {
-    let counts = || Counts { filled: header.first.get(), poisoned: header.aux.get() };
-    let nonce = header.aux.get();
+    let (region, first, aux) = (header.region.get(), header.first.get(), header.aux.get());
+    let counts = || Counts { filled: first, poisoned: aux };
     Ok(match kind {
         Kind::Hello => Frame::Hello(Hello::from_bytes(payload)?),
         Kind::Regions => Frame::Regions(
@@ -282,33 +212,44 @@ fn control_frame(kind: Kind, header: &RawHeader, payload: &[u8]) -> Result<Frame
             Frame::Request { span: span(header), prefetch: header.flags & FLAG_PREFETCH != 0 }
         }
         Kind::Expedite => Frame::Expedite { span: span(header) },
-        Kind::Data => unreachable!("a data frame's payload is never gathered"),
+        Kind::Data | Kind::Packed => unreachable!("payloads of pages are never gathered"),
         Kind::Zero => Frame::Zero { span: span(header) },
         Kind::Poison => Frame::Poison { span: span(header) },
         Kind::Complete => Frame::Complete(counts()),
         Kind::CompleteAck => Frame::CompleteAck(counts()),
-        Kind::Error => {
-            let code = u16::try_from(nonce).map_err(|_| ProtocolError::NotZero {
-                kind,
-                field: "the upper part of the code",
-            })?;
-            Frame::Error(Refusal::new(
-                RefusalCode::from_wire(code),
-                &String::from_utf8_lossy(payload),
-            ))
-        }
+        Kind::Error => Frame::Error(refusal(kind, header, payload)?),
         Kind::Bye => Frame::Bye,
-        Kind::Ping => Frame::Ping { nonce },
-        Kind::Pong => Frame::Pong { nonce },
+        Kind::Ping => Frame::Ping { nonce: aux },
+        Kind::Pong => Frame::Pong { nonce: aux },
         Kind::ImageBegin => {
             let has_parent = header.flags & FLAG_PARENT != 0;
             Frame::ImageBegin(ImageBegin::from_bytes(payload, has_parent)?)
         }
-        Kind::ImageMetadata => Frame::ImageMetadata { offset: nonce, bytes: payload.to_vec() },
-        Kind::ImageMappings => Frame::ImageMappings { offset: nonce, bytes: payload.to_vec() },
+        Kind::ImageMetadata => Frame::ImageMetadata { offset: aux, bytes: payload.to_vec() },
+        Kind::ImageMappings => Frame::ImageMappings { offset: aux, bytes: payload.to_vec() },
         Kind::Gone => Frame::Gone { span: span(header) },
         Kind::ImageEnd => Frame::ImageEnd(ImageEnd::from_bytes(payload)?),
         Kind::ImageAbort => Frame::abort(&String::from_utf8_lossy(payload)),
         Kind::ImageStored => Frame::ImageStored(ImageStored::from_bytes(payload)?),
+        Kind::Accept => {
+            let entries = payload.as_chunks::<ACCEPT_LEN>().0.iter();
+            Frame::Accept(entries.map(AcceptedRegion::from_bytes).collect::<Result<_, _>>()?)
+        }
+        Kind::RoundBegin => Frame::RoundBegin { round: aux, units: first },
+        Kind::RoundEnd => Frame::RoundEnd { round: aux, units: first },
+        Kind::RoundAck => Frame::RoundAck { round: aux, units: first },
+        Kind::StateBegin => Frame::StateBegin(StateInfo::from_bytes(payload)?),
+        Kind::State => Frame::State { offset: aux, bytes: payload.to_vec() },
+        Kind::Missing => Frame::Missing { region, runs: runs(payload) },
+        Kind::Switch => Frame::Switch { round: aux, missing: first },
+        Kind::Ready => Frame::Ready { missing: first },
+        Kind::Run => Frame::Run,
+        Kind::Running => Frame::Running,
+        Kind::Cancel => Frame::Cancel(refusal(kind, header, payload)?),
+        Kind::Cancelled => Frame::Cancelled,
+        Kind::Resume => Frame::Resume(Belief::from_wire(aux)?),
+        Kind::Dropped => Frame::Dropped,
+        Kind::Have => Frame::Have { region, runs: runs(payload) },
+        Kind::HaveEnd => Frame::HaveEnd { present: first, poisoned: aux },
     })
 }

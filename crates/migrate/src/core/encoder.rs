@@ -1,7 +1,7 @@
 //! Frames to bytes.
 
 use super::{
-    Counts, DataHeader, Frame, HEADER_LEN, Kind, WireSpan,
+    Counts, DataHeader, Frame, HEADER_LEN, Kind, PackedHeader, Refusal, UnitRun, WireSpan,
     frame::{FLAG_FRAGMENT, FLAG_PARENT, FLAG_PREFETCH, FRAME_MAGIC, RawHeader},
 };
 
@@ -24,6 +24,43 @@ fn header(kind: Kind, flags: u8, span: WireSpan, length: u32, aux: u64) -> [u8; 
         aux: aux.into(),
     };
     zerocopy::transmute!(raw)
+}
+
+/// A frame of two numbers: `first` and the auxiliary field.
+fn numbers(kind: Kind, first: u64, aux: u64) -> [u8; HEADER_LEN] {
+    header(kind, 0, WireSpan { first, ..NO_SPAN }, 0, aux)
+}
+
+/// Appends a frame of entries of `N` bytes.
+fn entries<const N: usize>(
+    kind: Kind,
+    region: u16,
+    entries: impl ExactSizeIterator<Item = [u8; N]>,
+    out: &mut Vec<u8>,
+) {
+    let most = if kind == Kind::Missing || kind == Kind::Have {
+        super::MAX_RUNS
+    } else {
+        super::MAX_REGIONS
+    };
+    assert!(entries.len() <= most as usize, "too many entries of a {kind} frame");
+    let count = entries.len() as u32;
+    out.extend(header(kind, 0, WireSpan { region, first: 0, count }, count * N as u32, 0));
+    entries.for_each(|entry| out.extend(entry));
+}
+
+fn runs(kind: Kind, region: u16, runs: &[UnitRun], out: &mut Vec<u8>) {
+    entries(kind, region, runs.iter().map(|run| run.to_bytes()), out);
+}
+
+fn chunk(kind: Kind, offset: u64, bytes: &[u8], out: &mut Vec<u8>) {
+    assert!(bytes.len() <= super::MAX_CHUNK as usize, "chunk too long");
+    payload(kind, 0, offset, bytes, out);
+}
+
+fn refusal(kind: Kind, refusal: &Refusal, out: &mut Vec<u8>) {
+    assert!(refusal.text.len() <= super::MAX_TEXT as usize, "text too long");
+    payload(kind, 0, refusal.code.to_wire().into(), refusal.text.as_bytes(), out);
 }
 
 /// Appends a frame of no span, with its payload.
@@ -67,40 +104,40 @@ impl Encoder {
         header(Kind::Poison, 0, span, 0, 0)
     }
 
+    /// The header of packed bytes; `packed.length` bytes of payload must follow it.
+    #[must_use]
+    pub fn packed(packed: &PackedHeader) -> [u8; HEADER_LEN] {
+        header(Kind::Packed, 0, packed.span, packed.length, packed.codec.to_wire())
+    }
+
     /// The destination's counts.
     #[must_use]
     pub fn complete(counts: Counts) -> [u8; HEADER_LEN] {
-        header(Kind::Complete, 0, WireSpan { first: counts.filled, ..NO_SPAN }, 0, counts.poisoned)
+        numbers(Kind::Complete, counts.filled, counts.poisoned)
     }
 
     /// The source's counts.
     #[must_use]
     pub fn complete_ack(counts: Counts) -> [u8; HEADER_LEN] {
-        header(
-            Kind::CompleteAck,
-            0,
-            WireSpan { first: counts.filled, ..NO_SPAN },
-            0,
-            counts.poisoned,
-        )
+        numbers(Kind::CompleteAck, counts.filled, counts.poisoned)
     }
 
     /// A goodbye.
     #[must_use]
     pub fn bye() -> [u8; HEADER_LEN] {
-        header(Kind::Bye, 0, NO_SPAN, 0, 0)
+        numbers(Kind::Bye, 0, 0)
     }
 
     /// A ping.
     #[must_use]
     pub fn ping(nonce: u64) -> [u8; HEADER_LEN] {
-        header(Kind::Ping, 0, NO_SPAN, 0, nonce)
+        numbers(Kind::Ping, 0, nonce)
     }
 
     /// A pong.
     #[must_use]
     pub fn pong(nonce: u64) -> [u8; HEADER_LEN] {
-        header(Kind::Pong, 0, NO_SPAN, 0, nonce)
+        numbers(Kind::Pong, 0, nonce)
     }
 
     /// Pages that are no longer memory.
@@ -109,12 +146,14 @@ impl Encoder {
         header(Kind::Gone, 0, span, 0, 0)
     }
 
-    /// Appends any frame to `out`; of a data frame, the header only.
+    /// Appends any frame to `out`; of a frame of pages, the header only.
     ///
     /// # Panics
-    /// If a `Regions` frame has more than [`MAX_REGIONS`](super::MAX_REGIONS) regions, an `Error`
-    /// or `ImageAbort` frame a text longer than [`MAX_TEXT`](super::MAX_TEXT), or a part of a
-    /// description more than [`MAX_CHUNK`](super::MAX_CHUNK) bytes: [`Geometry`](super::Geometry),
+    /// If there are more than [`MAX_REGIONS`](super::MAX_REGIONS) regions in a `Regions` or
+    /// `Accept` frame, or [`MAX_RUNS`](super::MAX_RUNS) runs in a `Missing` or `Have` frame; if an
+    /// `Error`, `Cancel` or `ImageAbort` frame has a text longer than
+    /// [`MAX_TEXT`](super::MAX_TEXT), or a part of a description or state more than
+    /// [`MAX_CHUNK`](super::MAX_CHUNK) bytes: [`Geometry`](super::Geometry),
     /// [`Refusal::new`](super::Refusal::new) and [`Frame::abort`] keep to that.
     pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         match frame {
@@ -122,17 +161,9 @@ impl Encoder {
                 payload(Kind::Hello, 0, 0, &hello.to_bytes(), out);
             }
             Frame::Regions(regions) => {
-                assert!(regions.len() <= super::MAX_REGIONS as usize, "too many regions");
-                let count = regions.len() as u32;
-                let length = count * super::REGION_LEN as u32;
-                out.extend(header(Kind::Regions, 0, WireSpan { count, ..NO_SPAN }, length, 0));
-                regions.iter().for_each(|region| out.extend(region.to_bytes()));
+                entries(Kind::Regions, 0, regions.iter().map(|region| region.to_bytes()), out);
             }
-            Frame::Error(refusal) => {
-                assert!(refusal.text.len() <= super::MAX_TEXT as usize, "error text too long");
-                let code = u64::from(refusal.code.to_wire());
-                payload(Kind::Error, 0, code, refusal.text.as_bytes(), out);
-            }
+            Frame::Error(text) => refusal(Kind::Error, text, out),
             Frame::Request { span, prefetch } => out.extend(Self::request(*span, *prefetch)),
             Frame::Expedite { span } => out.extend(Self::expedite(*span)),
             Frame::Data(data) => out.extend(Self::data(data)),
@@ -148,12 +179,10 @@ impl Encoder {
                 payload(Kind::ImageBegin, flags, 0, &begin.to_bytes(), out);
             }
             Frame::ImageMetadata { offset, bytes } => {
-                assert!(bytes.len() <= super::MAX_CHUNK as usize, "chunk too long");
-                payload(Kind::ImageMetadata, 0, *offset, bytes, out);
+                chunk(Kind::ImageMetadata, *offset, bytes, out);
             }
             Frame::ImageMappings { offset, bytes } => {
-                assert!(bytes.len() <= super::MAX_CHUNK as usize, "chunk too long");
-                payload(Kind::ImageMappings, 0, *offset, bytes, out);
+                chunk(Kind::ImageMappings, *offset, bytes, out);
             }
             Frame::Gone { span } => out.extend(Self::gone(*span)),
             Frame::ImageEnd(end) => payload(Kind::ImageEnd, 0, 0, &end.to_bytes(), out),
@@ -163,6 +192,35 @@ impl Encoder {
             }
             Frame::ImageStored(stored) => {
                 payload(Kind::ImageStored, 0, 0, &stored.to_bytes(), out);
+            }
+            Frame::Accept(regions) => {
+                entries(Kind::Accept, 0, regions.iter().map(|region| region.to_bytes()), out);
+            }
+            Frame::RoundBegin { round, units } => {
+                out.extend(numbers(Kind::RoundBegin, *units, *round));
+            }
+            Frame::RoundEnd { round, units } => {
+                out.extend(numbers(Kind::RoundEnd, *units, *round));
+            }
+            Frame::RoundAck { round, units } => {
+                out.extend(numbers(Kind::RoundAck, *units, *round));
+            }
+            Frame::Packed(packed) => out.extend(Self::packed(packed)),
+            Frame::StateBegin(state) => payload(Kind::StateBegin, 0, 0, &state.to_bytes(), out),
+            Frame::State { offset, bytes } => chunk(Kind::State, *offset, bytes, out),
+            Frame::Missing { region, runs: list } => runs(Kind::Missing, *region, list, out),
+            Frame::Switch { round, missing } => {
+                out.extend(numbers(Kind::Switch, *missing, *round));
+            }
+            Frame::Ready { missing } => out.extend(numbers(Kind::Ready, *missing, 0)),
+            Frame::Cancel(text) => refusal(Kind::Cancel, text, out),
+            Frame::Resume(belief) => out.extend(numbers(Kind::Resume, 0, belief.to_wire())),
+            Frame::Run | Frame::Running | Frame::Cancelled | Frame::Dropped => {
+                out.extend(numbers(frame.kind(), 0, 0));
+            }
+            Frame::Have { region, runs: list } => runs(Kind::Have, *region, list, out),
+            Frame::HaveEnd { present, poisoned } => {
+                out.extend(numbers(Kind::HaveEnd, *present, *poisoned));
             }
         }
     }

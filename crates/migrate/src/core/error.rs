@@ -1,139 +1,10 @@
 //! The names of everything a peer can do wrong.
 
-use std::fmt;
-
 use super::{
+    Kind, Phase,
     frame::{Channel, Counts, Refusal, RefusalCode, WireSpan},
     images::{ImageCounts, ImageId, ImageTotals},
 };
-
-/// The kinds of frame, by the number they have on the wire.
-#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
-#[repr(u8)]
-pub enum Kind {
-    /// Versions, role, features, session and channel: the first frame each way.
-    Hello = 1,
-    /// What the source holds.
-    Regions = 2,
-    /// A span is wanted.
-    Request = 3,
-    /// A span asked for in the background is now waited for.
-    Expedite = 4,
-    /// Bytes of a span.
-    Data = 5,
-    /// A span is all zero.
-    Zero = 6,
-    /// A span can never come.
-    Poison = 7,
-    /// The destination has everything; its counts.
-    Complete = 8,
-    /// The source agrees; its counts.
-    CompleteAck = 9,
-    /// The sender gives up, and says why.
-    Error = 10,
-    /// The sender leaves on purpose.
-    Bye = 11,
-    /// Are you there?
-    Ping = 12,
-    /// Yes.
-    Pong = 13,
-    /// An image begins: its identity, its parent, how much describes it.
-    ImageBegin = 14,
-    /// A part of what the sender's user says about the image.
-    ImageMetadata = 15,
-    /// A part of the table of mappings.
-    ImageMappings = 16,
-    /// Pages that are no longer memory.
-    Gone = 17,
-    /// The image ends: its counts and its digest.
-    ImageEnd = 18,
-    /// The image begun is given up.
-    ImageAbort = 19,
-    /// The image is stored for good; its counts.
-    ImageStored = 20,
-}
-
-impl Kind {
-    /// Every kind, in wire order.
-    pub const ALL: [Self; 20] = [
-        Self::Hello,
-        Self::Regions,
-        Self::Request,
-        Self::Expedite,
-        Self::Data,
-        Self::Zero,
-        Self::Poison,
-        Self::Complete,
-        Self::CompleteAck,
-        Self::Error,
-        Self::Bye,
-        Self::Ping,
-        Self::Pong,
-        Self::ImageBegin,
-        Self::ImageMetadata,
-        Self::ImageMappings,
-        Self::Gone,
-        Self::ImageEnd,
-        Self::ImageAbort,
-        Self::ImageStored,
-    ];
-
-    /// The kind with this number.
-    #[must_use]
-    pub fn from_wire(number: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
-    }
-}
-
-/// Where one connection stands, on either side.
-#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Phase {
-    /// The peer's hello is awaited.
-    Greeting,
-    /// The source's regions are awaited (destination, demand channel only).
-    Listing,
-    /// Requests and answers; on the images channel, between two images.
-    Active,
-    /// An image has begun, and is being described.
-    Describing,
-    /// Pages of an image have come.
-    Filling,
-    /// An image has ended, and is being stored.
-    Storing,
-    /// The side that connected has sent its counts and awaits the other's.
-    Completing,
-    /// Both sides agreed on the counts.
-    Completed,
-    /// Nothing may come any more.
-    Closed,
-}
-
-impl Phase {
-    /// Every phase, in the order in which a connection can pass through them.
-    pub const ALL: [Self; 9] = [
-        Self::Greeting,
-        Self::Listing,
-        Self::Active,
-        Self::Describing,
-        Self::Filling,
-        Self::Storing,
-        Self::Completing,
-        Self::Completed,
-        Self::Closed,
-    ];
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
-    }
-}
 
 /// What the peer did that the protocol forbids. The connection is of no use afterwards.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -358,6 +229,100 @@ pub enum ProtocolError {
         /// The peer's counts.
         theirs: ImageTotals,
     },
+    /// The destination's answer to the regions does not fit them.
+    #[error("region {id} accepted: {why}")]
+    BadAccept {
+        /// The region.
+        id: u16,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A connection of a guest's session that was not planned, or that is there already.
+    #[error("{channel} connection {index} of {of}: {why}")]
+    BadLane {
+        /// The channel.
+        channel: Channel,
+        /// Which of its connections.
+        index: u16,
+        /// How many the peer says there are.
+        of: u16,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A round of pre-copy out of turn.
+    #[error("{kind} frame of round {got}, where round {due} is due")]
+    Round {
+        /// The frame.
+        kind: Kind,
+        /// The round it names.
+        got: u64,
+        /// The round that would have been right.
+        due: u64,
+    },
+    /// The two sides counted units of a guest's memory differently.
+    #[error("{kind} frame: {theirs} units by the peer's count, {ours} by this side's")]
+    Units {
+        /// The frame.
+        kind: Kind,
+        /// This side's count.
+        ours: u64,
+        /// The peer's.
+        theirs: u64,
+    },
+    /// A list of runs that cannot be.
+    #[error("{kind} frame of region {region}, run {first}+{count}: {why}")]
+    BadRun {
+        /// The frame.
+        kind: Kind,
+        /// The region.
+        region: u16,
+        /// The run's first unit.
+        first: u64,
+        /// The run's units.
+        count: u64,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// Something other than whole granules of the destination, where only those can be taken.
+    #[error("{kind} frame: {span} is not whole granules of {granule} units")]
+    NotWhole {
+        /// The frame.
+        kind: Kind,
+        /// The span.
+        span: WireSpan,
+        /// Units of a granule.
+        granule: u64,
+    },
+    /// Bytes packed in a way that cannot be unpacked here and now.
+    #[error("Packed frame for {span}: {why}")]
+    BadPacking {
+        /// The span.
+        span: WireSpan,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A codec without a name.
+    #[error("unknown codec {0}")]
+    UnknownCodec(u64),
+    /// The device state is not what was announced.
+    #[error("device state: {0}")]
+    BadState(&'static str),
+    /// A unit of a guest's memory never came, and was not called missing either.
+    #[error("region {region}: unit {unit} neither came nor is missing")]
+    NeverSent {
+        /// The region.
+        region: u16,
+        /// The first such unit of it.
+        unit: u64,
+    },
+    /// What the peer says of where the guest runs cannot be.
+    #[error("{kind} frame: {why}")]
+    Contradiction {
+        /// The frame.
+        kind: Kind,
+        /// Why not.
+        why: &'static str,
+    },
     /// The stream ended within a frame, or before its goodbye.
     #[error("the connection ended {0}")]
     Truncated(&'static str),
@@ -372,11 +337,16 @@ impl ProtocolError {
     pub fn code(&self) -> RefusalCode {
         match self {
             Self::Version { .. } => RefusalCode::Version,
-            Self::BadHello(_) | Self::HelloMagic | Self::RequiredFeatures(_) => RefusalCode::Hello,
+            Self::BadHello(_)
+            | Self::HelloMagic
+            | Self::RequiredFeatures(_)
+            | Self::BadLane { .. } => RefusalCode::Hello,
             Self::CompletionMismatch { .. }
             | Self::ImageMismatch { .. }
             | Self::ImageDigest { .. }
-            | Self::ImagesMismatch { .. } => RefusalCode::Counts,
+            | Self::ImagesMismatch { .. }
+            | Self::Units { .. }
+            | Self::NeverSent { .. } => RefusalCode::Counts,
             Self::Limit { .. } => RefusalCode::Limit,
             _ => RefusalCode::Protocol,
         }

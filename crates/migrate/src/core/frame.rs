@@ -7,7 +7,10 @@ use zerocopy::{
     little_endian::{U16, U32, U64},
 };
 
-use super::{Hello, ImageBegin, ImageEnd, ImageStored, Kind, RegionInfo};
+use super::{
+    AcceptedRegion, Belief, Hello, ImageBegin, ImageEnd, ImageStored, Kind, PackedHeader,
+    RegionInfo, StateInfo, UnitRun,
+};
 
 /// Bytes of every frame's header.
 pub const HEADER_LEN: usize = 32;
@@ -78,6 +81,30 @@ pub enum Channel {
     Background,
     /// Whole images, one after the other. The only connection of its session.
     Images,
+    /// A guest's migration: what decides. Pages and requests too, where nothing else carries them.
+    Control,
+    /// A guest's migration: pages that nobody has asked for.
+    Pages,
+    /// A guest's migration: requests, and their answers.
+    Faults,
+}
+
+impl Channel {
+    /// Every channel, in wire order.
+    pub const ALL: [Self; 6] =
+        [Self::Demand, Self::Background, Self::Images, Self::Control, Self::Pages, Self::Faults];
+
+    /// The number on the wire.
+    #[must_use]
+    pub fn to_wire(self) -> u8 {
+        self as u8 + 1
+    }
+
+    /// The channel with this number.
+    #[must_use]
+    pub fn from_wire(number: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
+    }
 }
 
 impl fmt::Display for Channel {
@@ -86,6 +113,9 @@ impl fmt::Display for Channel {
             Self::Demand => "demand",
             Self::Background => "background",
             Self::Images => "images",
+            Self::Control => "control",
+            Self::Pages => "pages",
+            Self::Faults => "faults",
         })
     }
 }
@@ -146,12 +176,22 @@ pub enum RefusalCode {
     Storage,
     /// More than this side takes.
     Limit,
+    /// There is not enough memory.
+    Memory,
+    /// The device state cannot be loaded.
+    Device,
+    /// Somebody who may asked for it.
+    Asked,
+    /// The guest writes faster than it can be sent.
+    NotConverging,
+    /// It took longer than it may.
+    TimedOut,
     /// A number this version has no name for.
     Other(u16),
 }
 
 impl RefusalCode {
-    const NAMED: [(u16, Self); 13] = [
+    const NAMED: [(u16, Self); 18] = [
         (1, Self::Protocol),
         (2, Self::Version),
         (3, Self::Hello),
@@ -165,6 +205,11 @@ impl RefusalCode {
         (11, Self::Mismatch),
         (12, Self::Storage),
         (13, Self::Limit),
+        (14, Self::Memory),
+        (15, Self::Device),
+        (16, Self::Asked),
+        (17, Self::NotConverging),
+        (18, Self::TimedOut),
     ];
 
     /// The number on the wire.
@@ -221,8 +266,8 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// One frame. A `Data` frame's payload is not part of the value: it goes straight from the
-/// transport to where it belongs.
+/// One frame. The payload of a `Data` or `Packed` frame is not part of the value: it goes straight
+/// from the transport to where it belongs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Frame {
     /// See [`Kind::Hello`].
@@ -301,6 +346,85 @@ pub enum Frame {
     },
     /// See [`Kind::ImageStored`].
     ImageStored(ImageStored),
+    /// See [`Kind::Accept`].
+    Accept(Vec<AcceptedRegion>),
+    /// See [`Kind::RoundBegin`].
+    RoundBegin {
+        /// Counted from 1.
+        round: u64,
+        /// Units that it will carry at most; for showing progress.
+        units: u64,
+    },
+    /// See [`Kind::RoundEnd`].
+    RoundEnd {
+        /// The round begun last.
+        round: u64,
+        /// Units sent since the session began: on this connection; on control, on all.
+        units: u64,
+    },
+    /// See [`Kind::RoundAck`].
+    RoundAck {
+        /// The round that has come.
+        round: u64,
+        /// Units received since the session began, on all connections.
+        units: u64,
+    },
+    /// See [`Kind::Packed`].
+    Packed(PackedHeader),
+    /// See [`Kind::StateBegin`].
+    StateBegin(StateInfo),
+    /// See [`Kind::State`].
+    State {
+        /// Where in the state these bytes belong.
+        offset: u64,
+        /// The bytes: 1 to [`MAX_CHUNK`](super::MAX_CHUNK).
+        bytes: Vec<u8>,
+    },
+    /// See [`Kind::Missing`].
+    Missing {
+        /// The region.
+        region: u16,
+        /// Whole granules of the destination, ascending: 1 to [`MAX_RUNS`](super::MAX_RUNS).
+        runs: Vec<UnitRun>,
+    },
+    /// See [`Kind::Switch`].
+    Switch {
+        /// The last round; 0 if there was none.
+        round: u64,
+        /// Units missing in all.
+        missing: u64,
+    },
+    /// See [`Kind::Ready`].
+    Ready {
+        /// Units that are missing still.
+        missing: u64,
+    },
+    /// See [`Kind::Run`].
+    Run,
+    /// See [`Kind::Running`].
+    Running,
+    /// See [`Kind::Cancel`].
+    Cancel(Refusal),
+    /// See [`Kind::Cancelled`].
+    Cancelled,
+    /// See [`Kind::Resume`].
+    Resume(Belief),
+    /// See [`Kind::Dropped`].
+    Dropped,
+    /// See [`Kind::Have`].
+    Have {
+        /// The region.
+        region: u16,
+        /// Whole granules, ascending: 1 to [`MAX_RUNS`](super::MAX_RUNS).
+        runs: Vec<UnitRun>,
+    },
+    /// See [`Kind::HaveEnd`].
+    HaveEnd {
+        /// Units present in all.
+        present: u64,
+        /// Units of those that can never come.
+        poisoned: u64,
+    },
 }
 
 impl Frame {
@@ -334,6 +458,24 @@ impl Frame {
             Self::ImageEnd(_) => Kind::ImageEnd,
             Self::ImageAbort { .. } => Kind::ImageAbort,
             Self::ImageStored(_) => Kind::ImageStored,
+            Self::Accept(_) => Kind::Accept,
+            Self::RoundBegin { .. } => Kind::RoundBegin,
+            Self::RoundEnd { .. } => Kind::RoundEnd,
+            Self::RoundAck { .. } => Kind::RoundAck,
+            Self::Packed(_) => Kind::Packed,
+            Self::StateBegin(_) => Kind::StateBegin,
+            Self::State { .. } => Kind::State,
+            Self::Missing { .. } => Kind::Missing,
+            Self::Switch { .. } => Kind::Switch,
+            Self::Ready { .. } => Kind::Ready,
+            Self::Run => Kind::Run,
+            Self::Running => Kind::Running,
+            Self::Cancel(_) => Kind::Cancel,
+            Self::Cancelled => Kind::Cancelled,
+            Self::Resume(_) => Kind::Resume,
+            Self::Dropped => Kind::Dropped,
+            Self::Have { .. } => Kind::Have,
+            Self::HaveEnd { .. } => Kind::HaveEnd,
         }
     }
 }

@@ -145,13 +145,21 @@ impl Geometry {
     /// # Errors
     /// [`ProtocolError::UnknownRegion`].
     pub fn region(&self, id: u16) -> Result<&RegionInfo, ProtocolError> {
+        self.index(id).map(|index| &self.regions[index])
+    }
+
+    /// The place of the region with this id among [`regions`](Self::regions).
+    ///
+    /// # Errors
+    /// [`ProtocolError::UnknownRegion`].
+    pub fn index(&self, id: u16) -> Result<usize, ProtocolError> {
         // Ids are nearly always 0..n, so the first guess hits.
-        if let Some(region) = self.regions.get(usize::from(id)).filter(|region| region.id == id) {
-            return Ok(region);
+        let guess = usize::from(id);
+        if self.regions.get(guess).is_some_and(|region| region.id == id) {
+            return Ok(guess);
         }
         self.regions
             .binary_search_by_key(&id, |region| region.id)
-            .map(|index| &self.regions[index])
             .map_err(|_| ProtocolError::UnknownRegion(id))
     }
 

@@ -18,9 +18,13 @@ pub(super) const HELLO_MAX: u32 = 4096;
 /// The lowest version spoken.
 pub const VERSION_MIN: u16 = 1;
 /// The highest version spoken.
-pub const VERSION_MAX: u16 = 2;
+pub const VERSION_MAX: u16 = 3;
 /// The first version that has images.
 pub const VERSION_IMAGES: u16 = 2;
+/// The first version that has migrations of guests.
+pub const VERSION_GUESTS: u16 = 3;
+/// Most pages connections of a guest's session, and most faults connections.
+pub const MAX_LANES: u16 = 32;
 /// Largest `Data` payload offered by default, in bytes.
 pub const DEFAULT_MAX_PAYLOAD: u32 = 4 << 20;
 /// The smallest bound on `Data` payloads that may be offered, in bytes.
@@ -31,11 +35,25 @@ pub const MIN_MAX_PAYLOAD: u32 = 64 << 10;
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Features(pub u64);
 
-/// What this version has: none yet.
+/// What this version has for pages and images: none yet.
 pub const FEATURES: Features = Features(0);
 
 impl Features {
     const REQUIRED: u64 = 0xffff_ffff_0000_0000;
+    /// Guests: `Packed` frames by LZ4.
+    pub const LZ4: Self = Self(1);
+    /// Guests: `Packed` frames by Zstandard.
+    pub const ZSTD: Self = Self(2);
+    /// Guests: `Packed` frames that are differences.
+    pub const DELTA: Self = Self(4);
+    /// Everything that this version has for guests.
+    pub const GUEST: Self = Self(7);
+
+    /// Whether all of `other` are among these.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
 }
 
 /// What a side is in the session.
@@ -51,15 +69,21 @@ pub enum Role {
     ImageSender,
     /// Takes images and stores them.
     ImageReceiver,
+    /// Has a running guest, and gives it away.
+    GuestSource,
+    /// Takes a running guest over.
+    GuestDestination,
 }
 
 impl Role {
-    const NAMED: [(u8, Self); 5] = [
+    const NAMED: [(u8, Self); 7] = [
         (1, Self::Source),
         (2, Self::Destination),
         (3, Self::Reader),
         (4, Self::ImageSender),
         (5, Self::ImageReceiver),
+        (6, Self::GuestSource),
+        (7, Self::GuestDestination),
     ];
 
     /// Who answers somebody of this role who connects; `None` for those who do not connect.
@@ -68,7 +92,8 @@ impl Role {
         match self {
             Self::Destination | Self::Reader => Some(Self::Source),
             Self::ImageSender => Some(Self::ImageReceiver),
-            Self::Source | Self::ImageReceiver => None,
+            Self::GuestSource => Some(Self::GuestDestination),
+            Self::Source | Self::ImageReceiver | Self::GuestDestination => None,
         }
     }
 
@@ -78,19 +103,25 @@ impl Role {
         match self {
             Self::Source | Self::Destination | Self::Reader => VERSION_MIN,
             Self::ImageSender | Self::ImageReceiver => VERSION_IMAGES,
+            Self::GuestSource | Self::GuestDestination => VERSION_GUESTS,
         }
     }
 
     fn has_channel(self, channel: Channel) -> bool {
         match self {
-            Self::Source | Self::Destination => channel != Channel::Images,
+            Self::Source | Self::Destination => {
+                matches!(channel, Channel::Demand | Channel::Background)
+            }
             Self::Reader => channel == Channel::Demand,
             Self::ImageSender | Self::ImageReceiver => channel == Channel::Images,
+            Self::GuestSource | Self::GuestDestination => {
+                matches!(channel, Channel::Control | Channel::Pages | Channel::Faults)
+            }
         }
     }
 }
 
-/// What pairs the connections of one session: chosen at random by the destination.
+/// What pairs the connections of one session: chosen at random by the side that connects.
 #[derive(Copy, Clone, PartialEq, Eq, Hash)]
 pub struct SessionId(pub [u8; 16]);
 
@@ -103,6 +134,20 @@ impl fmt::Display for SessionId {
 impl fmt::Debug for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SessionId({self})")
+    }
+}
+
+impl Hello {
+    /// Checks that there can be such a connection.
+    pub(super) fn check_lane(&self) -> Result<(), ProtocolError> {
+        let Lane { index, of } = self.lane;
+        let why = match self.channel {
+            Channel::Control if index > MAX_LANES || of > MAX_LANES => "too many connections",
+            Channel::Pages | Channel::Faults if of > MAX_LANES => "too many connections",
+            Channel::Pages | Channel::Faults if index >= of => "no such connection",
+            _ => return Ok(()),
+        };
+        Err(ProtocolError::BadLane { channel: self.channel, index, of, why })
     }
 }
 
@@ -123,6 +168,19 @@ pub struct Hello {
     pub session: SessionId,
     /// Largest `Data` payload the sender takes, in bytes; in the answer, the bound agreed.
     pub max_payload: u32,
+    /// Which connection of a guest's session; all zero on the channels of pages and images.
+    pub lane: Lane,
+}
+
+/// The connections of a guest's session beside control, or one of them.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Lane {
+    /// On control, how many pages connections there will be; on those of pages and faults, which
+    /// of them this is, from 0.
+    pub index: u16,
+    /// On control, how many faults connections there will be; on those of pages and faults, how
+    /// many there are of this channel.
+    pub of: u16,
 }
 
 /// The hello as it lies on the wire.
@@ -138,7 +196,8 @@ struct RawHello {
     features: U64,
     session: [u8; 16],
     max_payload: U32,
-    reserved1: U32,
+    index: U16,
+    of: U16,
     reserved2: [u8; 16],
 }
 
@@ -151,16 +210,13 @@ impl Hello {
             version_min: self.version_min.into(),
             version_max: self.version_max.into(),
             role: Role::NAMED.iter().find(|(_, role)| *role == self.role).map_or(0, |(n, _)| *n),
-            channel: match self.channel {
-                Channel::Demand => 1,
-                Channel::Background => 2,
-                Channel::Images => 3,
-            },
+            channel: self.channel.to_wire(),
             reserved0: 0.into(),
             features: self.features.0.into(),
             session: self.session.0,
             max_payload: self.max_payload.into(),
-            reserved1: 0.into(),
+            index: self.lane.index.into(),
+            of: self.lane.of.into(),
             reserved2: [0; 16],
         };
         zerocopy::transmute!(raw)
@@ -181,6 +237,8 @@ impl Hello {
         }
         let (version_min, version_max) = (raw.version_min.get(), raw.version_max.get());
         check_versions(VERSION_MIN, VERSION_MAX, version_min, version_max)?;
+        let channel =
+            Channel::from_wire(raw.channel).ok_or(ProtocolError::BadHello("unknown channel"))?;
         Ok(Self {
             version_min,
             version_max,
@@ -189,15 +247,17 @@ impl Hello {
                 .find(|(number, _)| *number == raw.role)
                 .map(|(_, role)| *role)
                 .ok_or(ProtocolError::BadHello("unknown role"))?,
-            channel: match raw.channel {
-                1 => Channel::Demand,
-                2 => Channel::Background,
-                3 => Channel::Images,
-                _ => return Err(ProtocolError::BadHello("unknown channel")),
-            },
+            channel,
             features: Features(raw.features.get()),
             session: SessionId(raw.session),
             max_payload: raw.max_payload.get(),
+            // Of other channels these bytes are reserved, and ignored.
+            lane: match channel {
+                Channel::Demand | Channel::Background | Channel::Images => Lane::default(),
+                Channel::Control | Channel::Pages | Channel::Faults => {
+                    Lane { index: raw.index.get(), of: raw.of.get() }
+                }
+            },
         })
     }
 }
@@ -230,7 +290,13 @@ impl Default for Terms {
 }
 
 impl Terms {
-    /// The hello of whoever connects: a destination, a reader or an image sender.
+    /// What a side brings into the migration of a guest, if nothing is held back.
+    #[must_use]
+    pub fn guest() -> Self {
+        Self { features: Features::GUEST, ..Self::default() }
+    }
+
+    /// The hello of whoever connects: a destination, a reader, an image sender or a guest's source.
     #[must_use]
     pub fn offer(&self, role: Role, channel: Channel, session: SessionId) -> Hello {
         Hello {
@@ -241,6 +307,7 @@ impl Terms {
             features: self.features,
             session,
             max_payload: self.max_payload,
+            lane: Lane::default(),
         }
     }
 
@@ -262,6 +329,7 @@ impl Terms {
             return Err(ProtocolError::BadHello(match role {
                 Role::Source => "pages are served here, to a destination or a reader",
                 Role::ImageReceiver => "images are taken here, from an image sender",
+                Role::GuestDestination => "guests are taken here, from a guest's source",
                 _ => "this side connects to others",
             }));
         }
@@ -271,6 +339,7 @@ impl Terms {
         if offer.version_max < offer.role.since() {
             return Err(ProtocolError::BadHello("the role is of a later version"));
         }
+        offer.check_lane()?;
         let unknown = offer.features.0 & Features::REQUIRED & !self.features.0;
         if unknown != 0 {
             return Err(ProtocolError::RequiredFeatures(unknown));
@@ -287,6 +356,7 @@ impl Terms {
             features: Features(self.features.0 & offer.features.0),
             session: offer.session,
             max_payload: self.max_payload.min(offer.max_payload),
+            lane: offer.lane,
         })
     }
 
@@ -310,6 +380,8 @@ impl Terms {
             "the answer is for another channel"
         } else if answer.session != offer.session {
             "the answer is for another session"
+        } else if answer.lane != offer.lane {
+            "the answer is for another connection of the session"
         } else if answer.max_payload < MIN_MAX_PAYLOAD || answer.max_payload > offer.max_payload {
             "payload bound outside what was offered"
         } else if unknown & Features::REQUIRED != 0 {

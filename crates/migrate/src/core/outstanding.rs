@@ -12,10 +12,10 @@ pub struct Outstanding {
     total: AtomicU64,
 }
 
-const BITS: u64 = u64::BITS as u64;
+pub(super) const BITS: u64 = u64::BITS as u64;
 
 /// The words of `first..first + count` and the bits of the range in each.
-fn words(first: u64, count: u64) -> impl Iterator<Item = (usize, u64)> {
+pub(super) fn words(first: u64, count: u64) -> impl Iterator<Item = (usize, u64)> {
     let end = first + count;
     (first / BITS..end.div_ceil(BITS)).map(move |word| {
         let from = first.max(word * BITS) % BITS;

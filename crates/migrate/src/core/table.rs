@@ -1,4 +1,4 @@
-//! Which frame may arrive when, as four tables.
+//! Which frame may arrive when, as four tables. Those of guests are in their own module.
 
 use super::{Channel, Kind, Phase};
 
@@ -7,136 +7,90 @@ use Phase::{
     Active, Closed, Completed, Completing, Describing, Filling, Greeting, Listing, Storing,
 };
 
-/// A row: on these channels, in this phase, a frame of this kind leads to that phase.
-type Row = (&'static [Channel], Phase, Kind, Phase);
+/// A row: on these channels, in these phases, a frame of these kinds leads to that phase, or
+/// (`None`) changes nothing.
+pub(super) type Row = (&'static [Channel], &'static [Phase], &'static [Kind], Option<Phase>);
 
 const BOTH: &[Channel] = &[Demand, Background];
 const ONE: &[Channel] = &[Demand];
 const OTHER: &[Channel] = &[Background];
+const IMAGES: &[Channel] = &[Images];
+
+/// Signs of life.
+pub(super) const ALIVE: &[Kind] = &[Kind::Ping, Kind::Pong];
+const ANSWERS: &[Kind] = &[Kind::Data, Kind::Zero, Kind::Poison];
+const PAGES: &[Kind] = &[Kind::Data, Kind::Zero, Kind::Poison, Kind::Gone];
+const DESCRIPTION: &[Kind] = &[Kind::ImageMetadata, Kind::ImageMappings];
 
 /// What a destination may receive. Whatever has no row is refused.
 const CLIENT: &[Row] = &[
-    (ONE, Greeting, Kind::Hello, Listing),
-    (OTHER, Greeting, Kind::Hello, Active),
-    (ONE, Listing, Kind::Regions, Active),
-    (BOTH, Active, Kind::Data, Active),
-    (BOTH, Active, Kind::Zero, Active),
-    (BOTH, Active, Kind::Poison, Active),
-    (ONE, Completing, Kind::CompleteAck, Completed),
-    (BOTH, Active, Kind::Ping, Active),
-    (BOTH, Active, Kind::Pong, Active),
-    (ONE, Completing, Kind::Ping, Completing),
-    (ONE, Completing, Kind::Pong, Completing),
-    (ONE, Completed, Kind::Ping, Completed),
-    (ONE, Completed, Kind::Pong, Completed),
-    (BOTH, Active, Kind::Bye, Closed),
-    (ONE, Completing, Kind::Bye, Closed),
-    (ONE, Completed, Kind::Bye, Closed),
-    (BOTH, Greeting, Kind::Error, Closed),
-    (ONE, Listing, Kind::Error, Closed),
-    (BOTH, Active, Kind::Error, Closed),
-    (ONE, Completing, Kind::Error, Closed),
-    (ONE, Completed, Kind::Error, Closed),
+    (ONE, &[Greeting], &[Kind::Hello], Some(Listing)),
+    (OTHER, &[Greeting], &[Kind::Hello], Some(Active)),
+    (ONE, &[Listing], &[Kind::Regions], Some(Active)),
+    (BOTH, &[Active], ANSWERS, None),
+    (ONE, &[Completing], &[Kind::CompleteAck], Some(Completed)),
+    (BOTH, &[Active], ALIVE, None),
+    (ONE, &[Completing, Completed], ALIVE, None),
+    (BOTH, &[Active], &[Kind::Bye], Some(Closed)),
+    (ONE, &[Completing, Completed], &[Kind::Bye], Some(Closed)),
+    (BOTH, &[Greeting, Active], &[Kind::Error], Some(Closed)),
+    (ONE, &[Listing, Completing, Completed], &[Kind::Error], Some(Closed)),
 ];
 
 /// What a source may receive. Whatever has no row is refused.
 const SERVER: &[Row] = &[
-    (BOTH, Greeting, Kind::Hello, Active),
-    (BOTH, Active, Kind::Request, Active),
-    (ONE, Active, Kind::Expedite, Active),
-    (ONE, Active, Kind::Complete, Completed),
-    (BOTH, Active, Kind::Ping, Active),
-    (BOTH, Active, Kind::Pong, Active),
-    (ONE, Completed, Kind::Ping, Completed),
-    (ONE, Completed, Kind::Pong, Completed),
-    (BOTH, Active, Kind::Bye, Closed),
-    (ONE, Completed, Kind::Bye, Closed),
-    (BOTH, Greeting, Kind::Error, Closed),
-    (BOTH, Active, Kind::Error, Closed),
-    (ONE, Completed, Kind::Error, Closed),
+    (BOTH, &[Greeting], &[Kind::Hello], Some(Active)),
+    (BOTH, &[Active], &[Kind::Request], None),
+    (ONE, &[Active], &[Kind::Expedite], None),
+    (ONE, &[Active], &[Kind::Complete], Some(Completed)),
+    (BOTH, &[Active], ALIVE, None),
+    (ONE, &[Completed], ALIVE, None),
+    (BOTH, &[Active], &[Kind::Bye], Some(Closed)),
+    (ONE, &[Completed], &[Kind::Bye], Some(Closed)),
+    (BOTH, &[Greeting, Active], &[Kind::Error], Some(Closed)),
+    (ONE, &[Completed], &[Kind::Error], Some(Closed)),
 ];
-
-const IMAGES: &[Channel] = &[Images];
 
 /// What an image receiver may receive, and therefore an image sender send. Whatever has no row is
 /// refused.
 const IMAGE_RECEIVER: &[Row] = &[
-    (IMAGES, Greeting, Kind::Hello, Active),
-    (IMAGES, Active, Kind::ImageBegin, Describing),
-    (IMAGES, Describing, Kind::ImageMetadata, Describing),
-    (IMAGES, Describing, Kind::ImageMappings, Describing),
-    (IMAGES, Describing, Kind::Data, Filling),
-    (IMAGES, Describing, Kind::Zero, Filling),
-    (IMAGES, Describing, Kind::Poison, Filling),
-    (IMAGES, Describing, Kind::Gone, Filling),
-    (IMAGES, Describing, Kind::ImageEnd, Storing),
-    (IMAGES, Describing, Kind::ImageAbort, Active),
-    (IMAGES, Filling, Kind::Data, Filling),
-    (IMAGES, Filling, Kind::Zero, Filling),
-    (IMAGES, Filling, Kind::Poison, Filling),
-    (IMAGES, Filling, Kind::Gone, Filling),
-    (IMAGES, Filling, Kind::ImageEnd, Storing),
-    (IMAGES, Filling, Kind::ImageAbort, Active),
-    (IMAGES, Active, Kind::Complete, Completed),
-    (IMAGES, Active, Kind::Ping, Active),
-    (IMAGES, Active, Kind::Pong, Active),
-    (IMAGES, Describing, Kind::Ping, Describing),
-    (IMAGES, Describing, Kind::Pong, Describing),
-    (IMAGES, Filling, Kind::Ping, Filling),
-    (IMAGES, Filling, Kind::Pong, Filling),
-    (IMAGES, Storing, Kind::Ping, Storing),
-    (IMAGES, Storing, Kind::Pong, Storing),
-    (IMAGES, Completed, Kind::Ping, Completed),
-    (IMAGES, Completed, Kind::Pong, Completed),
-    (IMAGES, Active, Kind::Bye, Closed),
-    (IMAGES, Completed, Kind::Bye, Closed),
-    (IMAGES, Greeting, Kind::Error, Closed),
-    (IMAGES, Active, Kind::Error, Closed),
-    (IMAGES, Describing, Kind::Error, Closed),
-    (IMAGES, Filling, Kind::Error, Closed),
-    (IMAGES, Storing, Kind::Error, Closed),
-    (IMAGES, Completed, Kind::Error, Closed),
+    (IMAGES, &[Greeting], &[Kind::Hello], Some(Active)),
+    (IMAGES, &[Active], &[Kind::ImageBegin], Some(Describing)),
+    (IMAGES, &[Describing], DESCRIPTION, None),
+    (IMAGES, &[Describing, Filling], PAGES, Some(Filling)),
+    (IMAGES, &[Describing, Filling], &[Kind::ImageEnd], Some(Storing)),
+    (IMAGES, &[Describing, Filling], &[Kind::ImageAbort], Some(Active)),
+    (IMAGES, &[Active], &[Kind::Complete], Some(Completed)),
+    (IMAGES, &[Active, Describing, Filling, Storing, Completed], ALIVE, None),
+    (IMAGES, &[Active, Completed], &[Kind::Bye], Some(Closed)),
+    (
+        IMAGES,
+        &[Greeting, Active, Describing, Filling, Storing, Completed],
+        &[Kind::Error],
+        Some(Closed),
+    ),
 ];
+
+/// Where an image sender can be once the hellos have been said.
+const SENDING: &[Phase] = &[Active, Describing, Filling, Storing, Completing, Completed];
 
 /// What an image sender may receive. Whatever has no row is refused.
 const IMAGE_SENDER: &[Row] = &[
-    (IMAGES, Greeting, Kind::Hello, Active),
-    (IMAGES, Storing, Kind::ImageStored, Active),
-    (IMAGES, Completing, Kind::CompleteAck, Completed),
-    (IMAGES, Active, Kind::Ping, Active),
-    (IMAGES, Active, Kind::Pong, Active),
-    (IMAGES, Describing, Kind::Ping, Describing),
-    (IMAGES, Describing, Kind::Pong, Describing),
-    (IMAGES, Filling, Kind::Ping, Filling),
-    (IMAGES, Filling, Kind::Pong, Filling),
-    (IMAGES, Storing, Kind::Ping, Storing),
-    (IMAGES, Storing, Kind::Pong, Storing),
-    (IMAGES, Completing, Kind::Ping, Completing),
-    (IMAGES, Completing, Kind::Pong, Completing),
-    (IMAGES, Completed, Kind::Ping, Completed),
-    (IMAGES, Completed, Kind::Pong, Completed),
-    (IMAGES, Active, Kind::Bye, Closed),
-    (IMAGES, Describing, Kind::Bye, Closed),
-    (IMAGES, Filling, Kind::Bye, Closed),
-    (IMAGES, Storing, Kind::Bye, Closed),
-    (IMAGES, Completing, Kind::Bye, Closed),
-    (IMAGES, Completed, Kind::Bye, Closed),
-    (IMAGES, Greeting, Kind::Error, Closed),
-    (IMAGES, Active, Kind::Error, Closed),
-    (IMAGES, Describing, Kind::Error, Closed),
-    (IMAGES, Filling, Kind::Error, Closed),
-    (IMAGES, Storing, Kind::Error, Closed),
-    (IMAGES, Completing, Kind::Error, Closed),
-    (IMAGES, Completed, Kind::Error, Closed),
+    (IMAGES, &[Greeting], &[Kind::Hello], Some(Active)),
+    (IMAGES, &[Storing], &[Kind::ImageStored], Some(Active)),
+    (IMAGES, &[Completing], &[Kind::CompleteAck], Some(Completed)),
+    (IMAGES, SENDING, ALIVE, None),
+    (IMAGES, SENDING, &[Kind::Bye, Kind::Error], Some(Closed)),
+    (IMAGES, &[Greeting], &[Kind::Error], Some(Closed)),
 ];
 
-fn next(table: &[Row], channel: Channel, phase: Phase, kind: Kind) -> Option<Phase> {
+pub(super) fn next(table: &[Row], channel: Channel, phase: Phase, kind: Kind) -> Option<Phase> {
     table
         .iter()
-        .find(|(channels, from, of, _)| {
-            *from == phase && *of == kind && channels.contains(&channel)
+        .find(|(channels, phases, kinds, _)| {
+            phases.contains(&phase) && kinds.contains(&kind) && channels.contains(&channel)
         })
-        .map(|row| row.3)
+        .map(|row| row.3.unwrap_or(phase))
 }
 
 /// The phase a destination's connection is in after a frame of `kind`; `None`: not allowed.

@@ -44,6 +44,7 @@ fn sample(kind: Kind, channel: Channel) -> Frame {
         Kind::Bye => Frame::Bye,
         Kind::Ping => Frame::Ping { nonce: 7 },
         Kind::Pong => Frame::Pong { nonce: 7 },
+        kind if kind as u8 >= Kind::Accept as u8 => guest::tests::sample(kind),
         image => images::tests::sample(image),
     }
 }
@@ -53,7 +54,7 @@ fn client_at(channel: Channel, phase: Phase) -> Option<ClientSession> {
     let mut session = match channel {
         Channel::Demand => ClientSession::demand(Terms::default(), Role::Destination, ID),
         Channel::Background => ClientSession::background(Terms::default(), ID, geometry()),
-        Channel::Images => return None,
+        _ => return None,
     };
     let hello = Terms::default().answer(&session.offer()).unwrap();
     let mut steps = vec![Frame::Hello(hello)];
@@ -269,7 +270,7 @@ fn hellos() {
     assert_eq!(bad(&|h| h.features.0 = 1 | 1 << 63), Err(ProtocolError::RequiredFeatures(1 << 63)));
     // A peer that also speaks later versions and has optional features: the common part.
     let later = bad(&|h| (h.version_max, h.features.0) = (9, 0xff)).unwrap();
-    assert_eq!((later.version_min, later.version_max, later.features.0), (2, 2, 0));
+    assert_eq!((later.version_min, later.version_max, later.features.0), (3, 3, 0));
 
     let answer = terms.answer(&offer).unwrap();
     assert_eq!(terms.accept(&offer, &answer), Ok(()));
@@ -347,7 +348,7 @@ fn golden_bytes() {
     let offer = Terms::default().offer(Role::Destination, Channel::Background, ID);
     Encoder::encode(&Frame::Hello(offer), &mut hello);
     assert_eq!(hello.len(), HEADER_LEN + HELLO_LEN);
-    assert_eq!(&hello[HEADER_LEN..][..16], b"PGFERRY\0\x01\0\x02\0\x02\x02\0\0");
+    assert_eq!(&hello[HEADER_LEN..][..16], b"PGFERRY\0\x01\0\x03\0\x02\x02\0\0");
     assert_eq!(&hello[HEADER_LEN + 24..][..20], b"0123456789abcdef\0\0\x40\0");
 }
 
@@ -361,7 +362,7 @@ fn headers_that_must_not_be() {
     };
     assert_eq!(feed(&|b| b[0] = 0), ProtocolError::BadMagic { got: 0x4600 });
     assert_eq!(feed(&|b| b[2] = 0), ProtocolError::UnknownKind(0));
-    assert_eq!(feed(&|b| b[2] = 21), ProtocolError::UnknownKind(21));
+    assert_eq!(feed(&|b| b[2] = 39), ProtocolError::UnknownKind(39));
     for (at, kind) in [
         (3, 3),
         (6, 3),
@@ -379,6 +380,24 @@ fn headers_that_must_not_be() {
         (24, 18),
         (8, 19),
         (4, 20),
+        (24, 21),
+        (8, 22),
+        (4, 23),
+        (4, 24),
+        (3, 25),
+        (16, 26),
+        (8, 27),
+        (24, 28),
+        (8, 29),
+        (24, 30),
+        (24, 31),
+        (16, 32),
+        (16, 33),
+        (4, 34),
+        (16, 35),
+        (24, 36),
+        (16, 37),
+        (8, 38),
     ] {
         let error = feed(&|b| {
             *b = [0; HEADER_LEN];
@@ -404,6 +423,26 @@ fn headers_that_must_not_be() {
         (18, 0),
         (19, 1025),
         (20, 49),
+        (21, 16),
+        (22, 1),
+        (23, 1),
+        (24, 1),
+        (25, 0),
+        (25, MIN_MAX_PAYLOAD + 1),
+        (26, 63),
+        (27, 0),
+        (27, MAX_CHUNK + 1),
+        (28, 16),
+        (29, 1),
+        (30, 1),
+        (31, 1),
+        (32, 1),
+        (33, 1025),
+        (34, 1),
+        (35, 1),
+        (36, 1),
+        (37, 16),
+        (38, 1),
     ] {
         let error = feed(&|b| {
             *b = [0; HEADER_LEN];
@@ -422,7 +461,7 @@ fn headers_that_must_not_be() {
 fn refusal_texts_are_bounded_and_clean() {
     let refusal = Refusal::new(RefusalCode::Other(999), &"ü\n".repeat(5000));
     assert!(refusal.text.len() <= MAX_TEXT as usize && !refusal.text.contains('\n'));
-    for number in 0..20 {
+    for number in 0..30 {
         assert_eq!(RefusalCode::from_wire(number).to_wire(), number);
     }
 }
@@ -431,8 +470,17 @@ pub(super) fn any_span() -> impl Strategy<Value = WireSpan> {
     (any::<u16>(), any::<u64>(), any::<u32>()).prop_map(|(r, f, c)| span(r, f, c))
 }
 
+/// Bytes of pages that follow a frame.
+fn payload_len(frame: &Frame) -> usize {
+    match frame {
+        Frame::Data(data) => data.length as usize,
+        Frame::Packed(packed) => packed.length as usize,
+        _ => 0,
+    }
+}
+
 fn any_frame() -> impl Strategy<Value = Frame> {
-    let hello = (1u16..3, any::<u64>(), any::<[u8; 16]>(), any::<u32>(), 0..6usize).prop_map(
+    let hello = (1u16..4, any::<u64>(), any::<[u8; 16]>(), any::<u32>(), 0..6usize).prop_map(
         |(extra, features, session, max_payload, which)| {
             let role = [Role::Source, Role::Destination, Role::Reader][which % 3];
             let channel = [Channel::Demand, Channel::Background][which % 2];
@@ -466,6 +514,7 @@ fn any_frame() -> impl Strategy<Value = Frame> {
         any::<u64>().prop_map(|nonce| Frame::Ping { nonce }),
         any::<u64>().prop_map(|nonce| Frame::Pong { nonce }),
         images::tests::any_frame(),
+        guest::tests::any_frame(),
     ]
 }
 
@@ -477,11 +526,9 @@ proptest! {
         let mut sent = Vec::new();
         for (n, frame) in frames.iter().enumerate() {
             Encoder::encode(frame, &mut bytes);
-            if let Frame::Data(data) = frame {
-                let payload = vec![n as u8; data.length as usize];
-                bytes.extend(&payload);
-                sent.extend(payload);
-            }
+            let payload = vec![n as u8; payload_len(frame)];
+            bytes.extend(&payload);
+            sent.extend(payload);
         }
         let mut decoder = Decoder::new(MIN_MAX_PAYLOAD);
         let (mut got, mut received) = (Vec::new(), Vec::new());
@@ -510,6 +557,7 @@ proptest! {
     #[test]
     fn arbitrary_bytes(data in prop::collection::vec(any::<u8>(), 0..600)) {
         crate::fuzz::decode(&data);
+        crate::fuzz::guests(&data);
     }
 
     /// Nor do frames that are legal in themselves, in any order, with a byte changed.
@@ -518,13 +566,12 @@ proptest! {
         let mut bytes = Vec::new();
         for frame in &frames {
             Encoder::encode(frame, &mut bytes);
-            if let Frame::Data(data) = frame {
-                bytes.resize(bytes.len() + data.length as usize, 0);
-            }
+            bytes.resize(bytes.len() + payload_len(frame), 0);
         }
         let at = at.index(bytes.len());
         bytes[at] = with;
         crate::fuzz::decode(&bytes);
+        crate::fuzz::guests(&bytes);
     }
 
     /// The queue against a set of granules: nothing is lost, doubled or invented.

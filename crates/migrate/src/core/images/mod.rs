@@ -12,7 +12,7 @@ mod sender;
 #[cfg(test)]
 pub(super) mod tests;
 
-pub(super) use parts::{IMAGE_BEGIN_LEN, IMAGE_END_LEN, IMAGE_STORED_LEN};
+pub(super) use parts::{IMAGE_BEGIN_LEN, IMAGE_END_LEN, IMAGE_STORED_LEN, raw};
 pub use parts::{ImageBegin, ImageCounts, ImageEnd, ImageId, ImageStored, ImageTotals, MAX_CHUNK};
 pub use receiver::{ImageLimits, ImageReceiverSession};
 pub use sender::ImageSenderSession;

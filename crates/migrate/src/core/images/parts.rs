@@ -66,7 +66,7 @@ struct RawBegin {
 const _: () = assert!(size_of::<RawBegin>() == IMAGE_BEGIN_LEN);
 
 /// Reads a payload whose length the header's check has compared with `T`'s.
-fn raw<T: FromBytes + KnownLayout + Immutable>(
+pub(in crate::core) fn raw<T: FromBytes + KnownLayout + Immutable>(
     kind: Kind,
     payload: &[u8],
 ) -> Result<T, ProtocolError> {

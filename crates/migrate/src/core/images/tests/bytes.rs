@@ -34,10 +34,10 @@ fn hellos() {
     let terms = Terms::default();
     let images = terms.offer(Role::ImageSender, Channel::Images, SESSION);
     // Nobody who only knows version 1 takes it for anything else: that version is not offered.
-    assert_eq!((images.version_min, images.version_max), (2, 2));
+    assert_eq!((images.version_min, images.version_max), (2, 3));
     let answer = terms.answer_as(Role::ImageReceiver, &images).unwrap();
     assert_eq!(terms.accept(&images, &answer), Ok(()));
-    assert_eq!((answer.role, answer.version_max), (Role::ImageReceiver, 2));
+    assert_eq!((answer.role, answer.version_max), (Role::ImageReceiver, 3));
 
     let offer = |role, channel| terms.offer(role, channel, SESSION);
     for (role, offer) in [
@@ -88,7 +88,7 @@ fn version_1_is_still_spoken() {
     let images = terms.offer(Role::ImageSender, Channel::Images, SESSION);
     assert!(matches!(
         terms.accept(&images, &decode(&bytes)),
-        Err(ProtocolError::Version { our_min: 2, our_max: 2, their_min: 1, their_max: 1 })
+        Err(ProtocolError::Version { our_min: 2, our_max: 3, their_min: 1, their_max: 1 })
     ));
 }
 

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use common::{METHODS, Mirror, PAGE, Target, attach, changed_in, check_form, serve};
 use pageferry_dirty::{Method, ProcessTracker};
 use pageferry_process::Stopped;
-use pageferry_testing::{HugePages, watch};
+use pageferry_testing::{Effort, HugePages};
 
 /// Half of them while it runs.
-const HARVESTS: u32 = 240;
+const HARVESTS: u64 = 240;
 /// An emulated machine does fewer.
 const TIME: Duration = Duration::from_secs(60);
-const LEAST: u32 = 20;
+const LEAST: u64 = 20;
 
 #[test]
 fn process_child() {
@@ -23,7 +23,8 @@ fn process_child() {
 }
 
 fn all_writers(method: Method) {
-    let _watch = watch(120);
+    let effort = Effort::new(HARVESTS, TIME);
+    let _watch = effort.watch(120);
     let huge = HugePages::reserve(6);
     let mut target = Target::start();
     let pages = |count: u64| count * PAGE;
@@ -57,7 +58,7 @@ fn all_writers(method: Method) {
     let mut mirror = Mirror::new(&process, &tracker);
     let (begin, mut done, mut looked, mut changed, mut stops) = (Instant::now(), 0, 0, 0, 0);
     let mut exact = 0;
-    while done < HARVESTS && (done < LEAST || begin.elapsed() < TIME) {
+    while done < LEAST || effort.goes_on(done) {
         let mut look = |tracker: &mut ProcessTracker, stopped: Option<&Stopped<'_>>| {
             let found = match tracker.harvest(stopped) {
                 Ok(found) => found,

@@ -10,12 +10,13 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering::*},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use common::{load::*, tracker::*, *};
 use pageferry_kvm::dirty::LogMode;
 use pageferry_paging::Delivery;
+use pageferry_testing::Effort;
 
 /// The transaction test: vCPUs write all the time, and harvests go on. Whoever copies each page that
 /// is told has, after a harvest during which nobody writes, what the guest has: whatever was
@@ -81,9 +82,9 @@ fn nothing_is_lost(method: Method, vcpus: u64, delivery: Delivery, disturbed: bo
         }
         let mut copy = first.clone();
         // Emulated machines are slow.
-        let until = Instant::now() + Duration::from_secs(8);
+        let effort = Effort::new(HARVESTS, Duration::from_secs(8));
         let mut harvests = 0;
-        while harvests < HARVESTS && Instant::now() < until {
+        while effort.goes_on(harvests) {
             let quiet = (harvests % 16 == 15).then(|| writing.write().unwrap());
             let harvested = tracker
                 .harvest(&mut |_, run| {
@@ -135,7 +136,7 @@ fn is_present(guest: &Guest, page: u64) -> bool {
 #[test]
 fn nothing_is_lost_by_the_log() {
     let Some(&first) = deliveries().first() else { return };
-    let _watch = watch(180);
+    let _watch = Effort::new(0, Duration::ZERO).watch(180);
     for mode in [LogMode::Automatic, LogMode::Manual, LogMode::InitiallySet] {
         nothing_is_lost(Method::Log(mode), 3, first, false);
     }
@@ -145,7 +146,7 @@ fn nothing_is_lost_by_the_log() {
 #[test]
 fn nothing_is_lost_by_rings() {
     let Some(&first) = deliveries().first() else { return };
-    let _watch = watch(180);
+    let _watch = Effort::new(0, Duration::ZERO).watch(180);
     for (bytes, vcpus, delivery, disturbed) in [
         (0, 1, first, false),
         (0, 3, first, true),

@@ -7,6 +7,7 @@
 //!   and [`shuffled`] are the same in every run.
 //! * [`layout`] and [`layout_of`] make memory, [`peek`] and [`poke`] access it as a guest does;
 //!   [`OwnMemory`] is an image that cannot be read everywhere.
+//! * [`Effort`] is how often a test repeats what it is about.
 //! * [`wait_for`], [`watch`] and [`fail`] end a process in which a thread waits in vain for a page.
 //!   [`child`] runs a test in a process of its own, which is to die; [`target`] in one that is to be
 //!   looked at.
@@ -17,6 +18,7 @@
 
 pub mod child;
 mod contents;
+mod effort;
 #[allow(unsafe_code)]
 mod guest;
 mod host;
@@ -28,6 +30,7 @@ mod random;
 pub mod target;
 
 pub use contents::{fill_pattern, page, verify_all, word};
+pub use effort::Effort;
 pub use guest::{HUGE, PAGE, REGION, RegionShape, layout, layout_of, peek, poke};
 pub use host::{HugePages, features, huge_pages, userfaultfd};
 pub use own_memory::OwnMemory;

@@ -9,12 +9,12 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use pageferry_dirty::{DirtySet, Tracked, Tracker};
 use pageferry_memory::{HostAddress, Mapping};
-use pageferry_testing::{Random, wait_for, watch};
+use pageferry_testing::{Effort, Random, wait_for};
 
 pub(crate) const WRITERS: u64 = 6;
 pub(crate) const HARVESTS: u32 = 1000;
@@ -126,7 +126,8 @@ impl Field {
     /// write that was done before it; when nobody writes any more, and once more was harvested, it
     /// must be the memory.
     pub(crate) fn check(&self, what: &str, tracker: &mut dyn Tracker, stop: impl FnOnce()) {
-        let _watch = watch(120);
+        let effort = Effort::new(self.harvests.into(), TIME);
+        let _watch = effort.watch(120);
         let set = DirtySet::new(tracker.ranges()).unwrap();
         let pages = self.tracked.pages();
         // What was there before is not for a tracker to tell.
@@ -135,9 +136,9 @@ impl Field {
         } else {
             (0..pages).map(|page| self.count(page)).collect()
         };
-        let (begin, mut harvests, mut found) = (Instant::now(), 0, 0);
+        let (mut harvests, mut found) = (0, 0);
         wait_for("the writers", || self.words(self.done, pages).iter().any(|&done| done > 0));
-        while harvests < self.harvests && begin.elapsed() < TIME {
+        while effort.goes_on(harvests) {
             let done = self.words(self.done, pages);
             tracker.harvest(&set).unwrap();
             found += self.copy(&set, &mut copy);

@@ -38,3 +38,31 @@ debian_mirror() {
     mirror=${mirror:-http://deb.debian.org/debian}
     echo "${mirror%/}"
 }
+
+# unpack_modules KERNEL_DIR DIR MODULE...: puts the modules of an unpacked kernel, with what they depend
+# on, into DIR, and prints their files' names in the order in which they have to be loaded.
+unpack_modules() {
+    local kernel_dir=$1 dir=$2 release list file name
+    shift 2
+    [ -d "$kernel_dir/lib/modules" ] || return 0
+    release=$(cat "$kernel_dir/release")
+    list=$(modprobe -d "$kernel_dir" -S "$release" --show-depends -a "$@") || {
+        echo "lab: Linux $release does not have $*" >&2
+        return 1
+    }
+    # Lines of `insmod FILE`, or `builtin NAME`; a module that two others need comes twice.
+    while read -r _ file; do
+        name=$(basename "$file")
+        name=${name%%.*}.ko
+        case $file in
+            *.ko) cp "$file" "$dir/$name" ;;
+            *.ko.xz) xz -dc "$file" >"$dir/$name" ;;
+            *.ko.zst) zstd -qdc "$file" >"$dir/$name" ;;
+            *)
+                echo "lab: $file: not a form of module that is known" >&2
+                return 1
+                ;;
+        esac
+        echo "$name"
+    done < <(awk '$1 == "insmod" && !seen[$2]++ { print $1, $2 }' <<<"$list")
+}

@@ -14,6 +14,8 @@
 //! Everything is mapped 1:1, and user code may access it all. Page tables that are always there are
 //! what lets a host with shadow paging, where KVM itself reads them, deliver faults as exits.
 
+pub(crate) mod saved;
+
 use std::sync::Arc;
 
 use pageferry_memory::{Backing, GuestAddress, Region, RegionConfig, Thp};
@@ -145,6 +147,7 @@ impl Boot {
             Operation::ReadVerify => payload::OPERATION_READ,
             Operation::Write => payload::OPERATION_WRITE,
             Operation::ReadModifyWrite => payload::OPERATION_MODIFY,
+            Operation::Count => payload::OPERATION_COUNT,
         };
         let boot = Self { memory, extent, ring: config.payload.ring, operation };
         boot.write_page_tables();
@@ -232,7 +235,8 @@ impl Boot {
             self.write_words(GDT + u64::from(selector), &[low, base >> 32]);
             // RSP0, where an exception in ring 3 finds its stack.
             self.write_words(base + 4, &[stack(vcpu)]);
-            // Besides IOPL 3: on PVM, `out` in ring 3 is #GP with that alone if KVM_SET_REGS set it.
+            // Besides IOPL 3: on PVM, `out` in ring 3 is #GP with that alone if KVM_SET_REGS set
+            // it.
             self.write(base + 102, &(IO_BITMAP as u16).to_le_bytes());
             self.write(base + TSS_BYTES - 1, &[0xff]);
         }
@@ -263,7 +267,7 @@ impl Boot {
             first: if order == Order::Zipf { 0 } else { first },
             touches,
             rounds: payload.rounds,
-            progress_every: payload.progress_every,
+            progress_every: payload.units_between_exits(config.vcpus),
             unit_shift: plan.unit.shift().into(),
             stride: plan.unit.bytes() / plan::SPREAD_WORDS,
             last: plan.unit.bytes() - 8,

@@ -1,9 +1,12 @@
 //! What a machine is to be, and what its guest is to do.
 
-use std::fmt;
+mod encoded;
+
+use std::{fmt, time::Duration};
 
 use pageferry_memory::{GuestAddress, PageSize};
 
+pub(crate) use self::encoded::CONFIG;
 use crate::{Pattern, VmError};
 
 /// How the guest's memory is mapped, and which of its mappings KVM uses.
@@ -66,10 +69,14 @@ pub enum Operation {
     /// may do it to the same unit, or one does it repeatedly, a word already turned is accepted
     /// and left as it is.
     ReadModifyWrite,
+    /// Counts in each word: compares it with what the round before left there, and writes this
+    /// round's. So a page that is lost or stale is noticed by the next round, however many there
+    /// are. Only where each unit is one vCPU's, and touched once a round.
+    Count,
 }
 
 impl Operation {
-    /// All of them.
+    /// All of them that any vCPUs may do to any units in any order.
     pub const ALL: [Self; 3] = [Self::ReadVerify, Self::Write, Self::ReadModifyWrite];
 }
 
@@ -102,7 +109,8 @@ pub enum Share {
 pub struct Payload {
     /// In which order it touches its units.
     pub order: Order,
-    /// In which order every second vCPU does, beginning with the second of all; `None`: in the same.
+    /// In which order every second vCPU does, beginning with the second of all; `None`: in the
+    /// same.
     pub order_of_others: Option<Order>,
     /// What it does with them.
     pub operation: Operation,
@@ -124,8 +132,12 @@ pub struct Payload {
     pub pattern: Pattern,
     /// A vCPU leaves the guest after every so many units and tells; 0: only at the end.
     pub progress_every: u64,
-    /// A read of this address, before the units of the first round: of one in no region, say.
+    /// A read of this address, after the units of the last round: of one in no region, say.
     pub stray: Option<GuestAddress>,
+    /// How many bytes of units all vCPUs together touch in a second at most. Each leaves the guest
+    /// after [`progress_every`](Self::progress_every) units, or about every millisecond if that is
+    /// 0, to rest.
+    pub rate: Option<u64>,
 }
 
 impl Default for Payload {
@@ -144,6 +156,7 @@ impl Default for Payload {
             pattern: Pattern::default(),
             progress_every: 0,
             stray: None,
+            rate: None,
         }
     }
 }
@@ -153,8 +166,8 @@ impl Default for Payload {
 pub struct VmConfig {
     /// How many vCPUs it has, 1 to [`VmConfig::MAX_VCPUS`]. Each has a thread while it runs.
     pub vcpus: u16,
-    /// Its paged memory, in bytes: a multiple of the page size and of the payload's unit. It has some
-    /// memory to boot from besides.
+    /// Its paged memory, in bytes: a multiple of the page size and of the payload's unit. It has
+    /// some memory to boot from besides.
     pub memory: u64,
     /// How the memory is mapped.
     pub setup: Setup,
@@ -162,14 +175,40 @@ pub struct VmConfig {
     pub page_size: PageSize,
     /// What the guest does.
     pub payload: Payload,
+    /// Bytes of a dirty ring for each vCPU, if it is to have one: writes are tracked by rings then,
+    /// and there is no dirty log. See [`RingSize`](pageferry_kvm::dirty::RingSize).
+    pub dirty_ring: Option<u32>,
 }
 
 impl Payload {
+    /// After how many units a vCPU leaves the guest; 0: only at the end.
+    pub(crate) fn units_between_exits(&self, vcpus: u16) -> u64 {
+        match self.rate {
+            Some(rate) if self.progress_every == 0 => {
+                (rate / u64::from(vcpus) / self.unit.bytes() / 1000).max(1)
+            }
+            _ => self.progress_every,
+        }
+    }
+
+    /// How long those take at the least, if they are not to be touched as fast as it goes.
+    pub(crate) fn time_between_exits(&self, vcpus: u16) -> Option<Duration> {
+        let rate = self.rate? as f64;
+        let units = self.units_between_exits(vcpus) as f64;
+        let bytes = units * self.unit.bytes() as f64 * f64::from(vcpus);
+        Some(Duration::try_from_secs_f64(bytes / rate).map_or(MAX_REST, |time| time.min(MAX_REST)))
+    }
+
     /// In which order this vCPU touches its units.
     pub(crate) fn order_of(&self, vcpu: u16) -> Order {
         self.order_of_others.filter(|_| !vcpu.is_multiple_of(2)).unwrap_or(self.order)
     }
 }
+
+/// More units than the largest memory has.
+const MAX_UNITS: u64 = 1 << 32;
+/// The longest rest from one exit for progress to the next.
+const MAX_REST: Duration = Duration::from_secs(3600);
 
 impl VmConfig {
     /// The most vCPUs there can be.
@@ -183,6 +222,7 @@ impl VmConfig {
             setup: Setup::Minor,
             page_size: PageSize::SIZE_4K,
             payload: Payload::default(),
+            dirty_ring: None,
         }
     }
 
@@ -211,6 +251,19 @@ impl VmConfig {
         }
         if payload.rounds == 0 || payload.units_per_vcpu == Some(0) {
             return refuse("a payload that touches nothing".to_owned());
+        }
+        if payload.units_per_vcpu.is_some_and(|units| units > MAX_UNITS) {
+            return refuse(format!("more than {MAX_UNITS} units for a vCPU"));
+        }
+        if payload.rate == Some(0) {
+            return refuse("a rate of 0 bytes a second".to_owned());
+        }
+        let zipf = (0..vcpus).any(|vcpu| payload.order_of(vcpu) == Order::Zipf);
+        let shared = payload.share == Share::All && vcpus > 1;
+        if payload.operation == Operation::Count && (zipf || shared) {
+            return refuse(
+                "counting in units that are touched by several, or repeatedly".to_owned(),
+            );
         }
         if payload.share == Share::Own && memory / payload.unit.bytes() < u64::from(vcpus) {
             return refuse(format!("fewer than one unit of {} for each vCPU", payload.unit));

@@ -12,6 +12,7 @@ use crate::{
     pattern::{DEVICE_WRITTEN, WRITTEN},
     plan::{self, Plan},
     report::{DeviceReport, Mismatch},
+    vm::Marks,
 };
 
 const PAGE: u64 = PageSize::SIZE_4K.bytes();
@@ -21,6 +22,7 @@ pub(crate) struct Device<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) plan: &'a Plan,
     pub(crate) pattern: Pattern,
+    pub(crate) marks: &'a Marks,
     pub(crate) pager: Option<&'a Pager>,
     pub(crate) control: &'a Control,
     pub(crate) seed: u64,
@@ -92,5 +94,6 @@ impl Device<'_> {
         let address = GuestAddress::new(page.get() + offset);
         let word = self.pattern.word(address) ^ DEVICE_WRITTEN;
         self.memory.write_obj(word, address.into()).expect("in the guest's memory");
+        self.marks.mark(address, 8);
     }
 }

@@ -5,6 +5,8 @@ use std::io;
 use pageferry_memory::{GuestAddress, LayoutError, RegionError, RegionId, adapter::AdapterError};
 use vm_memory::GuestMemoryError;
 
+use crate::state::StateError;
+
 /// Why a machine could not be made or run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -52,6 +54,22 @@ pub enum VmError {
     /// The machine is running already.
     #[error("the machine is running already")]
     Running,
+    /// The machine has never run: there is nothing to be saved.
+    #[error("the machine has not been started")]
+    NotStarted,
+    /// A vCPU is in the middle of an instruction that waits for memory. Resume the machine, and
+    /// save it when the memory has come.
+    #[error("vCPU {vcpu} is in the middle of an instruction, which waits for memory")]
+    MidInstruction {
+        /// The vCPU's number.
+        vcpu: u16,
+    },
+    /// The state could not be saved or restored.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Writes could not be tracked.
+    #[error("tracking writes: {0}")]
+    Tracking(#[from] pageferry_dirty::DirtyError),
     /// A signal handler or a thread could not be had.
     #[error("{what}: {source}")]
     Host {

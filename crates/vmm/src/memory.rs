@@ -19,8 +19,8 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestRegionCollection};
 
 use crate::{
     Operation, Pattern, Setup, VmConfig, VmError,
-    pattern::{DEVICE_WRITTEN, WRITTEN},
-    plan::{HIGH_BASE, LOW_BASE, Plan},
+    pattern::{DEVICE_WRITTEN, ROUND, WRITTEN},
+    plan::{Counted, HIGH_BASE, LOW_BASE, Plan},
     report::Mismatch,
 };
 
@@ -54,7 +54,32 @@ pub(crate) fn regions(config: &VmConfig, plan: &Plan) -> Result<Vec<Arc<Region>>
         .collect()
 }
 
-fn region(config: &VmConfig, base: u64, len: u64) -> RegionConfig {
+/// Whether these regions are what [`regions`] would have made, but for the kind of their memory.
+pub(crate) fn check_regions(
+    config: &VmConfig,
+    plan: &Plan,
+    regions: &[Arc<Region>],
+) -> Result<(), VmError> {
+    let wanted = [(LOW_BASE, plan.split.low), (HIGH_BASE, plan.split.high)];
+    let wanted = wanted.into_iter().filter(|(_, len)| *len > 0);
+    let are = regions.iter().map(|region| (region.guest_base().get(), region.len()));
+    if !wanted.clone().eq(are.clone()) {
+        let [wanted, are] =
+            [wanted.collect(), are.collect()].map(|ranges: Vec<_>| format!("{ranges:#x?}"));
+        return Err(VmError::Config { why: format!("memory at {are} that should be at {wanted}") });
+    }
+    for region in regions {
+        let views = (region.fill_view().is_some(), region.vcpu_view().is_some());
+        if views != (has_fill_view(config), config.setup == Setup::MinorOwnView) {
+            let why = format!("a region without the views of set-up {}", config.setup);
+            return Err(VmError::Config { why });
+        }
+    }
+    Ok(())
+}
+
+/// A region as the set-up has it.
+pub(crate) fn region(config: &VmConfig, base: u64, len: u64) -> RegionConfig {
     let huge = config.page_size != PageSize::SIZE_4K;
     let backing = match (config.setup, huge) {
         (Setup::Missing, false) => Backing::Anonymous,
@@ -108,6 +133,14 @@ pub struct Verified {
     pub first: Option<Mismatch>,
 }
 
+/// What has become of a unit.
+#[derive(Copy, Clone)]
+enum Unit {
+    AsAtFirst,
+    Written,
+    Counted(Counted),
+}
+
 /// What each word should be after a run that came to its end.
 pub(crate) struct Expectation<'a> {
     pub(crate) plan: &'a Plan,
@@ -115,11 +148,20 @@ pub(crate) struct Expectation<'a> {
     pub(crate) pattern: Pattern,
     /// Whether device threads wrote to the units that vCPUs touched.
     pub(crate) devices: bool,
+    /// How far it came in each unit, if the payload counts.
+    pub(crate) counted: Option<Vec<Counted>>,
 }
 
 impl Expectation<'_> {
-    /// What a page should be, all of it.
-    fn page(&self, start: GuestAddress, offset_in_unit: u64, touched: bool, page: &mut [u8]) {
+    /// What a page should be, all of it, where `found` is there.
+    fn page(
+        &self,
+        start: GuestAddress,
+        offset_in_unit: u64,
+        unit: Unit,
+        found: &[u8],
+        page: &mut [u8],
+    ) {
         self.pattern.fill(start, page);
         let mut turn = |offset: u64, bits: u64| {
             let word = &mut page[offset as usize..offset as usize + 8];
@@ -127,11 +169,21 @@ impl Expectation<'_> {
                 *byte ^= bits;
             }
         };
-        if touched && self.operation != Operation::ReadVerify {
-            for offset in (0..PAGE).step_by(8) {
-                if self.plan.is_accessed(offset_in_unit + offset) {
-                    turn(offset, WRITTEN);
+        for offset in (0..PAGE).step_by(8) {
+            if !self.plan.is_accessed(offset_in_unit + offset) {
+                continue;
+            }
+            let first = self.pattern.word(GuestAddress::new(start.get() + offset));
+            match unit {
+                Unit::Counted(Counted { rounds, perhaps_more }) => {
+                    let bits = |rounds: u64| rounds.wrapping_mul(ROUND);
+                    let more = (first ^ bits(rounds + 1)).to_le_bytes();
+                    let at = offset as usize;
+                    let is_more = perhaps_more && found[at..at + 8] == more;
+                    turn(offset, bits(rounds + u64::from(is_more)));
                 }
+                Unit::Written => turn(offset, WRITTEN),
+                Unit::AsAtFirst => {}
             }
         }
         if self.devices {
@@ -142,6 +194,11 @@ impl Expectation<'_> {
     /// Compares every word of every granule that is present.
     pub(crate) fn compare(&self, contents: &GuestMemory) -> Result<Verified, VmError> {
         let touched = self.plan.touched();
+        let unit = |number: usize| match &self.counted {
+            Some(counted) => Unit::Counted(counted[number]),
+            None if touched[number] && self.operation != Operation::ReadVerify => Unit::Written,
+            None => Unit::AsAtFirst,
+        };
         let unit_bytes = self.plan.unit.bytes();
         let mut verified = Verified::default();
         let (mut found, mut expected) = ([0; PAGE as usize], [0; PAGE as usize]);
@@ -155,10 +212,10 @@ impl Expectation<'_> {
                 verified.granules += 1;
                 let start = granule.get() * granule_bytes;
                 for offset in (start..start + granule_bytes).step_by(PAGE as usize) {
-                    let touched = touched[(units_before + offset / unit_bytes) as usize];
+                    let unit = unit((units_before + offset / unit_bytes) as usize);
                     let address = GuestAddress::new(region.guest_base().get() + offset);
-                    self.page(address, offset % unit_bytes, touched, &mut expected);
                     contents.read_slice(&mut found, address.into())?;
+                    self.page(address, offset % unit_bytes, unit, &found, &mut expected);
                     verified.add_page(address, &found, &expected);
                 }
             }

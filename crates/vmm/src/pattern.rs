@@ -10,6 +10,9 @@ pub(crate) const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 /// What a payload that writes adds (by xor) to the expected word.
 pub const WRITTEN: u64 = 0x5a5a_1234_a5a5_4321;
 
+/// What a payload that counts adds (by xor) after its n-th round is n times this, modulo 2^64.
+pub(crate) const ROUND: u64 = 0x2545_f491_4f6c_dd1d;
+
 /// What a device thread adds (by xor) to the expected word of the place it writes.
 pub(crate) const DEVICE_WRITTEN: u64 = 0x0f0f_dead_f0f0_beef;
 
@@ -23,8 +26,8 @@ pub const fn expected_word(guest: GuestAddress) -> u64 {
 /// Which pages are zero at first; all others have their [`expected_word`]s.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
 pub struct Pattern {
-    /// Every so-many-th page of 4 KiB, counted from guest-physical 0, is all zero. A power of two; 0:
-    /// none is.
+    /// Every so-many-th page of 4 KiB, counted from guest-physical 0, is all zero. A power of two;
+    /// 0: none is.
     pub zero_every: u64,
 }
 

@@ -6,9 +6,13 @@
 //! instruction at a time (PVM in ring 0, or an access to memory that only user space has).
 //! Interrupts stay off.
 
+#[deny(unsafe_code)]
+mod pages;
+
 use std::arch::global_asm;
 
-use crate::pattern::FACTOR;
+pub(crate) use self::pages::{Parameters, REPORT_WORDS, ReportPage};
+use crate::pattern::{FACTOR, ROUND};
 
 /// Port of progress: a vCPU has touched some more units.
 pub(crate) const PORT_PROGRESS: u16 = 0x510;
@@ -23,6 +27,7 @@ pub(crate) const VECTORS: [u8; 5] = [6, 8, 13, 14, 18];
 pub(crate) const OPERATION_READ: u64 = 0;
 pub(crate) const OPERATION_WRITE: u64 = 1;
 pub(crate) const OPERATION_MODIFY: u64 = 2;
+pub(crate) const OPERATION_COUNT: u64 = 3;
 
 pub(crate) const ORDER_SEQUENTIAL: u64 = 0;
 pub(crate) const ORDER_RANDOM: u64 = 1;
@@ -30,96 +35,6 @@ pub(crate) const ORDER_TABLE: u64 = 2;
 
 /// Buckets of the histogram of times: the n-th counts times with n significant bits.
 pub(crate) const TIME_BUCKETS: usize = 65;
-
-macro_rules! words {
-    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $field:ident),* $(,)? }) => {
-        $(#[$meta])*
-        #[repr(C)]
-        #[derive(Copy, Clone, Default, Debug)]
-        pub(crate) struct $name { $($(#[$doc])* pub(crate) $field: u64),* }
-
-        impl From<[u64; size_of::<$name>() / 8]> for $name {
-            fn from([$($field),*]: [u64; size_of::<$name>() / 8]) -> Self {
-                Self { $($field),* }
-            }
-        }
-
-        impl From<$name> for [u64; size_of::<$name>() / 8] {
-            fn from($name { $($field),* }: $name) -> Self {
-                [$($field),*]
-            }
-        }
-    };
-}
-
-words! {
-    /// What a vCPU is to do.
-    Parameters {
-        /// Address of this page: what GS points to begins with it.
-        own_address,
-        report_address,
-        operation,
-        order,
-        /// Number of the first unit.
-        first,
-        touches,
-        rounds,
-        progress_every,
-        unit_shift,
-        /// Bytes between two words.
-        stride,
-        /// Offset of a unit's last word.
-        last,
-        /// Units in the low part.
-        low_units,
-        low_base,
-        /// What is added to the offset of a unit in the high part.
-        high_base,
-        zero_mask,
-        written,
-        /// What a word may differ by (xor) and still be right: 0, or `written`.
-        accepted,
-        permutation_count,
-        permutation_mask,
-        permutation_factor,
-        permutation_addend,
-        permutation_shift,
-        permutation_mixer,
-        permutation_start,
-        /// Address of the table of unit numbers, 32 bits each.
-        table,
-        /// An address that is read last; 0: none is.
-        stray,
-    }
-}
-
-words! {
-    /// What a vCPU saw, but for the histogram behind it.
-    ReportPage {
-        touches,
-        mismatches,
-        bad_address,
-        bad_found,
-        bad_expected,
-        /// Time stamp counter's ticks.
-        time_min,
-        time_max,
-        time_sum,
-        rounds_left,
-        until_progress,
-        vector,
-        error_code,
-        /// CR2.
-        fault_address,
-        instruction,
-        bank,
-        bank_status,
-        bank_address,
-    }
-}
-
-/// Words of the report page before the histogram.
-pub(crate) const REPORT_WORDS: usize = size_of::<ReportPage>() / 8;
 
 macro_rules! parameter {
     ($field:ident) => {
@@ -133,9 +48,9 @@ macro_rules! report {
 }
 
 // Registers: rbp parameters, r15 report, r14 touches of this round, r13 state of the permutation,
-// r12 address of the unit, rbx offset in it, rsi address of the word, rax what it should be, rdx what
-// it is, r8 what it may differ by, r9 distance of words, r10 FACTOR, r11 time before the touch; rcx
-// and rdi are free.
+// r12 address of the unit, rbx offset in it, rsi address of the word, rax what it should be, rdx
+// what it is, r8 what it may differ by, r9 distance of words, r10 FACTOR, r11 time before the
+// touch; rcx and rdi are free.
 global_asm!(
     ".pushsection .rodata.pageferry_vmm_payload, \"a\"",
     ".balign 16",
@@ -178,6 +93,8 @@ global_asm!(
     "  mov [r15 + {until_progress}], rax",
     "  mov rax, -1",
     "  mov [r15 + {time_min}], rax",
+    "  mov rax, [rip + 901f]",
+    "  mov [r15 + {next_round_mask}], rax",
     "200:", // a round
     "  xor r14d, r14d",
     "  mov r13, [rbp + {permutation_start}]",
@@ -264,6 +181,8 @@ global_asm!(
     "  je 160f",
     "  cmp rax, {operation_modify}",
     "  je 180f",
+    "  cmp rax, {operation_count}",
+    "  je 185f",
     "  jmp 170f",
     "160:", // write
     "  lea rsi, [r12 + rbx]",
@@ -301,6 +220,21 @@ global_asm!(
     "  mov [rsi], rax",
     "182:",
     "  PF_NEXT_WORD 180b",
+    "  jmp 190f",
+    "185:", // read, compare with the last round's, write this round's
+    "  lea rsi, [r12 + rbx]",
+    "  PF_EXPECTED",
+    "  xor rax, [r15 + {round_mask}]",
+    "  mov rdx, [rsi]",
+    "  cmp rax, rdx",
+    "  je 186f",
+    "  lea rdi, [rip + 186f]",
+    "  jmp 300f",
+    "186:",
+    "  xor rax, [r15 + {round_mask}]",
+    "  xor rax, [r15 + {next_round_mask}]",
+    "  mov [rsi], rax",
+    "  PF_NEXT_WORD 185b",
     "190:", // done with the unit
     "  add qword ptr [r15 + {touches_done}], 1",
     "  cmp qword ptr [rbp + {progress_every}], 0",
@@ -315,6 +249,10 @@ global_asm!(
     "  inc r14",
     "  cmp r14, [rbp + {touches}]",
     "  jb 210b",
+    "  mov rax, [r15 + {next_round_mask}]",
+    "  mov [r15 + {round_mask}], rax",
+    "  add rax, [rip + 901f]",
+    "  mov [r15 + {next_round_mask}], rax",
     "  sub qword ptr [r15 + {rounds_left}], 1",
     "  jnz 200b",
     "  mov rsi, [rbp + {stray}]",
@@ -337,8 +275,9 @@ global_asm!(
     "  jmp rdi",
     ".balign 8",
     "900: .quad {factor}",
-    // Handlers, 16 bytes apart, in the order of `VECTORS`; all in ring 0. Those of vectors for which the
-    // processor pushes no error code push one.
+    "901: .quad {round}",
+    // Handlers, 16 bytes apart, in the order of `VECTORS`; all in ring 0. Those of vectors for
+    // which the processor pushes no error code push one.
     ".macro PF_HANDLER vector, has_code",
     ".balign 16",
     ".ifeq \\has_code",
@@ -411,11 +350,13 @@ global_asm!(
     "pageferry_vmm_payload_end:",
     ".popsection",
     factor = const FACTOR,
+    round = const ROUND,
     port_progress = const PORT_PROGRESS,
     port_end = const PORT_END,
     port_exception = const PORT_EXCEPTION,
     operation_write = const OPERATION_WRITE,
     operation_modify = const OPERATION_MODIFY,
+    operation_count = const OPERATION_COUNT,
     order_random = const ORDER_RANDOM,
     order_table = const ORDER_TABLE,
     report_address = const parameter!(report_address),
@@ -453,6 +394,8 @@ global_asm!(
     time_sum = const report!(time_sum),
     rounds_left = const report!(rounds_left),
     until_progress = const report!(until_progress),
+    round_mask = const report!(round_mask),
+    next_round_mask = const report!(next_round_mask),
     vector = const report!(vector),
     error_code = const report!(error_code),
     fault_address = const report!(fault_address),

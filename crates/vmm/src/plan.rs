@@ -22,7 +22,8 @@ pub(crate) struct Split {
 }
 
 impl Split {
-    /// Half of it below the hole, as far as it fits; all of it when there is but one page (or unit).
+    /// Half of it below the hole, as far as it fits; all of it when there is but one page (or
+    /// unit).
     pub(crate) fn of(memory: u64, step: PageSize) -> Self {
         let low = match step.round_down(memory / 2) {
             0 => memory,
@@ -88,6 +89,14 @@ pub(crate) struct VcpuPlan {
     /// Touches of a round.
     pub(crate) touches: u64,
     pub(crate) permutation: Permutation,
+}
+
+/// How often a unit has been counted in.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Counted {
+    pub(crate) rounds: u64,
+    /// Some of its words may have been counted in once more.
+    pub(crate) perhaps_more: bool,
 }
 
 /// What all vCPUs do.
@@ -172,6 +181,24 @@ impl Plan {
         touched
     }
 
+    /// How far a payload that counts has come in each unit, by the touches of each vCPU.
+    pub(crate) fn counted(&self, touches: &[u64]) -> Vec<Counted> {
+        let mut counted =
+            vec![Counted { rounds: 0, perhaps_more: false }; self.total_units() as usize];
+        for (number, touches) in (0..).zip(touches) {
+            let a_round = self.vcpu(number).touches;
+            let (rounds, done) = (touches / a_round, touches % a_round);
+            for (position, unit) in (0..).zip(self.units(number)) {
+                counted[unit as usize] = Counted {
+                    rounds: rounds + u64::from(position < done),
+                    // It may be in the middle of this one.
+                    perhaps_more: position == done,
+                };
+            }
+        }
+        counted
+    }
+
     /// Whether this offset in a unit is one that the payload accesses.
     pub(crate) fn is_accessed(&self, offset: u64) -> bool {
         let unit = self.unit.bytes();
@@ -179,9 +206,9 @@ impl Plan {
     }
 }
 
-/// `draws` numbers below the permutation's count by Zipf's law with exponent 1, the often drawn ones
-/// spread by the permutation. The law's distribution function is close to ln(rank) / ln(count), whose
-/// inverse is an exponential.
+/// `draws` numbers below the permutation's count by Zipf's law with exponent 1, the often drawn
+/// ones spread by the permutation. The law's distribution function is close to ln(rank) /
+/// ln(count), whose inverse is an exponential.
 fn zipf(spread: Permutation, draws: u64) -> impl Iterator<Item = u64> {
     let log = ((spread.count + 1) as f64).ln();
     (0..draws).map(move |draw| {

@@ -3,26 +3,27 @@
 use std::{
     io,
     sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use pageferry_kvm::{Exit, RunError};
+use pageferry_kvm::{Exit, RunError, dirty::RingCollector};
 use pageferry_memory::GuestAddress;
 
 use crate::{
     Ring, VcpuRunner, VmError,
     boot::{self, Boot, Entry},
-    control::Control,
+    control::{Active, Control, Next},
     immediate_exit::ImmediateExit,
     machine_check,
     payload::{PORT_END, PORT_EXCEPTION, PORT_PROGRESS},
     report::{End, Mismatch, TouchTimes, VcpuReport},
     signal::Target,
+    state::{Restorer, Saver, VcpuState},
 };
 
 const MACHINE_CHECK: u64 = 18;
@@ -32,11 +33,13 @@ const INTERRUPTED: i32 = libc::EINTR;
 #[derive(Debug)]
 pub(crate) struct Vcpu {
     number: u16,
-    /// Locked by the thread that runs it.
+    /// Locked by the thread that runs it, while it does not park.
     fd: Mutex<VcpuFd>,
     immediate_exit: ImmediateExit,
     thread: Target,
     kicks: AtomicU64,
+    /// It parked in the middle of an instruction that waits for memory.
+    mid_instruction: AtomicBool,
 }
 
 /// What a vCPU's thread works with.
@@ -44,6 +47,13 @@ pub(crate) struct Run<'a> {
     pub(crate) boot: &'a Boot,
     pub(crate) control: &'a Control,
     pub(crate) runner: Box<dyn VcpuRunner + 'a>,
+    pub(crate) active: Active<'a>,
+    /// Whether it begins with the payload, and not from where it stands.
+    pub(crate) from_the_beginning: bool,
+    /// What empties the dirty rings, if there are any.
+    pub(crate) rings: Option<&'a RingCollector>,
+    /// How long it takes from one exit for progress to the next at the least.
+    pub(crate) pace: Option<Duration>,
     /// Told of progress: vCPU and units touched.
     pub(crate) progress: Option<&'a (dyn Fn(u16, u64) + Sync)>,
 }
@@ -59,11 +69,38 @@ impl Vcpu {
             immediate_exit,
             thread: Target::default(),
             kicks: AtomicU64::new(0),
+            mid_instruction: AtomicBool::new(false),
         })
     }
 
-    /// Gets it out of the guest, or makes its next entry return at once. It goes on by itself, unless
-    /// something is wanted of it.
+    fn lock(&self) -> MutexGuard<'_, VcpuFd> {
+        // Whoever had it before may have panicked; it starts anew.
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its state, if it is not in the guest.
+    pub(crate) fn save(&self, saver: &Saver) -> Result<VcpuState, VmError> {
+        let mut fd = self.lock();
+        if self.mid_instruction.load(SeqCst) {
+            return Err(VmError::MidInstruction { vcpu: self.number });
+        }
+        self.finish_instruction(&mut fd)?;
+        Ok(saver.vcpu(&fd)?)
+    }
+
+    /// Takes another's state.
+    pub(crate) fn restore(
+        &self,
+        restorer: &mut Restorer,
+        state: &VcpuState,
+    ) -> Result<(), VmError> {
+        let mut fd = self.lock();
+        self.finish_instruction(&mut fd)?;
+        Ok(restorer.vcpu(&fd, state)?)
+    }
+
+    /// Gets it out of the guest, or makes its next entry return at once. It goes on by itself,
+    /// unless something is wanted of it.
     pub(crate) fn kick(&self) {
         // One signal until the thread has noticed: they would queue up.
         if !self.immediate_exit.set(true) {
@@ -71,18 +108,20 @@ impl Vcpu {
         }
     }
 
-    /// Runs it from the beginning of the payload, on the calling thread, to its end.
+    /// Runs it on the calling thread, to its end.
     pub(crate) fn run(&self, mut run: Run<'_>) -> Result<VcpuReport, VmError> {
-        // Whoever had it before may have panicked; it starts anew.
-        let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
-        self.finish_instruction(&mut fd)?;
-        prepare(&fd, &run.boot.prepare(self.number))?;
+        let mut fd = self.lock();
+        if run.from_the_beginning {
+            self.finish_instruction(&mut fd)?;
+            prepare(&fd, &run.boot.prepare(self.number))?;
+        }
+        self.mid_instruction.store(false, SeqCst);
         let ticks_per_ms = fd.get_tsc_khz().ok();
         self.kicks.store(0, Relaxed);
         let _inside = self.thread.enter();
         let started = Instant::now();
         let mut exits = 0;
-        let end = self.enter_until_end(&mut fd, &mut run, &mut exits);
+        let end = self.enter_until_end(fd, &mut run, &mut exits);
         let (page, log2) = run.boot.report(self.number);
         let count: u64 = log2.iter().sum();
         Ok(VcpuReport {
@@ -125,51 +164,127 @@ impl Vcpu {
         }
     }
 
-    fn enter_until_end(&self, fd: &mut VcpuFd, run: &mut Run<'_>, exits: &mut u64) -> End {
-        let active = run.control.enter();
+    fn enter_until_end<'s>(
+        &'s self,
+        mut fd: MutexGuard<'s, VcpuFd>,
+        run: &mut Run<'_>,
+        exits: &mut u64,
+    ) -> End {
+        let mut due = None;
         loop {
-            // Before the checkpoint: see `control`.
+            // Before asking what is wanted: see `control`.
             self.immediate_exit.set(false);
-            if !run.control.checkpoint(&active) {
-                return End::Stopped;
-            }
-            match run.runner.run(fd) {
-                Ok(Exit::Kvm(exit)) => {
-                    *exits += 1;
-                    if let Some(end) = self.handle(exit, run) {
+            match run.control.next(due) {
+                Next::Enter => {}
+                Next::Stop => return End::Stopped,
+                Next::Pause => {
+                    if let Some(end) = self.settle(&mut fd, run, exits) {
                         return end;
                     }
+                    // For whoever saves it.
+                    drop(fd);
+                    run.control.park(&run.active);
+                    fd = self.lock();
+                    continue;
                 }
-                Ok(Exit::MemoryError { guest, host }) => return End::MemoryError { guest, host },
-                Err(RunError::Kvm(error)) if error.errno() == INTERRUPTED => {
+            }
+            match self.enter(&mut fd, run, exits) {
+                Entered::Handled => {}
+                Entered::Progressed => due = run.pace.map(|pace| next_due(due, pace)),
+                Entered::Interrupted => {
                     self.kicks.fetch_add(1, Relaxed);
                 }
-                Err(RunError::Kvm(error)) => {
-                    return End::Failed(format!("KVM_RUN: {}", io::Error::from(error)));
-                }
-                Err(error) => return End::Failed(error.to_string()),
+                Entered::Ended(end) => return end,
             }
         }
     }
 
-    /// What an exit means; `None`: on with it.
-    fn handle(&self, exit: VcpuExit<'_>, run: &Run<'_>) -> Option<End> {
-        let no_memory =
-            |address, write| End::NoMemory { address: GuestAddress::new(address), write };
+    /// Finishes what the vCPU is in the middle of, as far as the memory for it is there: its
+    /// registers are those of a whole instruction then. The guest is not entered.
+    fn settle(&self, fd: &mut VcpuFd, run: &mut Run<'_>, exits: &mut u64) -> Option<End> {
+        self.immediate_exit.set(true);
+        loop {
+            match self.enter(fd, run, exits) {
+                Entered::Handled | Entered::Progressed => {}
+                Entered::Interrupted => break,
+                Entered::Ended(end) => return Some(end),
+            }
+        }
+        self.mid_instruction.store(run.runner.is_mid_instruction(), SeqCst);
+        None
+    }
+
+    fn enter(&self, fd: &mut VcpuFd, run: &mut Run<'_>, exits: &mut u64) -> Entered {
+        match run.runner.run(fd) {
+            Ok(Exit::Kvm(exit)) => {
+                *exits += 1;
+                self.handle(exit, run)
+            }
+            Ok(Exit::MemoryError { guest, host }) => {
+                Entered::Ended(End::MemoryError { guest, host })
+            }
+            Err(RunError::Kvm(error)) if error.errno() == INTERRUPTED => Entered::Interrupted,
+            Err(RunError::Kvm(error)) => {
+                Entered::failed(format!("KVM_RUN: {}", io::Error::from(error)))
+            }
+            Err(error) => Entered::failed(error.to_string()),
+        }
+    }
+
+    /// What an exit means.
+    fn handle(&self, exit: VcpuExit<'_>, run: &Run<'_>) -> Entered {
+        let no_memory = |address, write| {
+            Entered::Ended(End::NoMemory { address: GuestAddress::new(address), write })
+        };
         match exit {
             VcpuExit::IoOut(PORT_PROGRESS, _) => {
                 if let Some(progress) = run.progress {
                     progress(self.number, run.boot.report(self.number).0.touches);
                 }
-                None
+                Entered::Progressed
             }
-            VcpuExit::IoOut(PORT_END, _) => Some(End::Finished),
-            VcpuExit::IoOut(PORT_EXCEPTION, _) => Some(exception(run.boot, self.number)),
-            VcpuExit::MmioRead(address, _) => Some(no_memory(address, false)),
-            VcpuExit::MmioWrite(address, _) => Some(no_memory(address, true)),
-            other => Some(End::Failed(format!("an exit that nobody expects: {other:?}"))),
+            VcpuExit::IoOut(PORT_END, _) => Entered::Ended(End::Finished),
+            VcpuExit::IoOut(PORT_EXCEPTION, _) => Entered::Ended(exception(run.boot, self.number)),
+            // What the handlers do after they have told; it was saved since.
+            VcpuExit::Hlt => Entered::Ended(exception(run.boot, self.number)),
+            VcpuExit::MmioRead(address, _) => no_memory(address, false),
+            VcpuExit::MmioWrite(address, _) => no_memory(address, true),
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                match run.rings.map(RingCollector::collect) {
+                    Some(Ok(())) => Entered::Handled,
+                    Some(Err(error)) => Entered::failed(error.to_string()),
+                    None => Entered::failed("a dirty ring is full that nobody empties".to_owned()),
+                }
+            }
+            other => Entered::failed(format!("an exit that nobody expects: {other:?}")),
         }
     }
+}
+
+/// What came of calling the runner.
+enum Entered {
+    /// An exit has been seen to.
+    Handled,
+    /// The payload told of progress.
+    Progressed,
+    /// There was no exit.
+    Interrupted,
+    /// The vCPU is to run no more.
+    Ended(End),
+}
+
+impl Entered {
+    fn failed(why: String) -> Self {
+        Self::Ended(End::Failed(why))
+    }
+}
+
+/// When the vCPU may go on that was to go on at `due`. What it is late by it catches up with, up to
+/// a tenth of a second.
+fn next_due(due: Option<Instant>, pace: Duration) -> Instant {
+    let now = Instant::now();
+    let earliest = now.checked_sub(Duration::from_millis(100)).unwrap_or(now);
+    due.unwrap_or(now).max(earliest) + pace
 }
 
 fn exception(boot: &Boot, vcpu: u16) -> End {

@@ -1,49 +1,44 @@
 //! The machine: built, run, paused, changed, verified.
 
-use std::{
-    any::Any,
-    panic,
-    sync::{Arc, Mutex, TryLockError},
-    thread::{self, Scope, ScopedJoinHandle},
-    time::{Duration, Instant},
+#[deny(unsafe_code)]
+mod run;
+#[deny(unsafe_code)]
+mod saved;
+mod writes;
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering::SeqCst},
 };
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
-use pageferry_kvm::{Slot, VmPager};
+use pageferry_kvm::{
+    Slot, VmPager,
+    dirty::{DirtyRing, RingCollector, RingSize},
+};
 use pageferry_memory::{
     GuestAddress, HostRange, Layout, PageSize, Region, RegionId,
     adapter::{self, View},
 };
 use pageferry_paging::{Builder, Delivery, Events, InstallMethod, Pager};
 
+pub use self::{run::RunOptions, writes::WriteTracking};
+pub(crate) use self::{saved::device, writes::Marks};
 use crate::{
-    GuestMemory, KvmRun, Setup, VcpuRunner, VmConfig, VmError,
+    GuestMemory, Operation, Setup, VmConfig, VmError,
     boot::{self, Boot},
     control::Control,
-    device::Device,
     memory::{self, Expectation, Verified},
     plan::Plan,
-    report::{DeviceReport, End, Report, TouchTimes, VcpuReport},
     signal,
-    vcpu::{Run, Vcpu},
+    vcpu::Vcpu,
 };
 
 /// Three pages for KVM's own use on some processors of Intel's, in the hole where devices are.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// Of the boot memory. A region has the next after its own number.
 const BOOT_SLOT: u32 = 0;
-
-/// What a run has besides its vCPUs.
-#[derive(Default)]
-pub struct RunOptions<'a> {
-    /// How many device threads go once through all the memory meanwhile, through the guest view.
-    /// Where faults are exits, they ask the pager for each page before they touch it.
-    pub devices: u16,
-    /// Called on a vCPU's thread whenever the vCPU tells of progress, with its number and the units
-    /// it has touched. If it panics, that vCPU has [`End::Panicked`].
-    pub progress: Option<&'a (dyn Fn(u16, u64) + Sync)>,
-}
 
 /// A machine with a guest that checks its memory.
 ///
@@ -53,7 +48,11 @@ pub struct RunOptions<'a> {
 #[derive(Debug)]
 pub struct Vm {
     vcpus: Vec<Vcpu>,
+    /// Until its tracker is made.
+    ring: Mutex<Option<DirtyRing>>,
+    rings: Option<RingCollector>,
     fd: VmFd,
+    kvm: Kvm,
     boot: Boot,
     /// Those that are paged.
     regions: Vec<Arc<Region>>,
@@ -65,11 +64,18 @@ pub struct Vm {
     config: VmConfig,
     control: Control,
     running: Mutex<()>,
+    marks: Marks,
+    /// It has run, or has a state that another had: there is something to be saved.
+    started: AtomicBool,
+    /// It has another's state: the next run goes on from there.
+    restored: AtomicBool,
+    /// A memslot has been moved, and the guest's page tables with it.
+    moved: AtomicBool,
 }
 
 impl Vm {
-    /// Builds the machine. Its paged memory is absent: start a pager for [`layout`](Self::layout), or
-    /// [`fill`](Self::fill) it, before it runs.
+    /// Builds the machine. Its paged memory is absent: start a pager for [`layout`](Self::layout),
+    /// or [`fill`](Self::fill) it, before it runs.
     ///
     /// # Errors
     /// When the configuration makes no sense, there is no KVM here or no permission to use it, or
@@ -78,6 +84,22 @@ impl Vm {
         config.check()?;
         let plan = Plan::new(&config);
         let regions = memory::regions(&config, &plan)?;
+        Self::build(config, plan, regions)
+    }
+
+    /// Builds the machine around memory that there is already: regions as [`new`](Self::new) would
+    /// make them, at the same guest addresses, and with the views that the set-up needs.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and when the regions are not those of this machine.
+    pub fn with_regions(config: VmConfig, regions: Vec<Arc<Region>>) -> Result<Self, VmError> {
+        config.check()?;
+        let plan = Plan::new(&config);
+        memory::check_regions(&config, &plan, &regions)?;
+        Self::build(config, plan, regions)
+    }
+
+    fn build(config: VmConfig, plan: Plan, regions: Vec<Arc<Region>>) -> Result<Self, VmError> {
         let contents = memory::contents(&config, &regions)?;
         let boot_region = boot::region(&config, &plan)?;
         let all = std::iter::once(&boot_region).chain(&regions);
@@ -89,18 +111,26 @@ impl Vm {
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(VmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
-        let vcpus = (0..config.vcpus)
+        let ring_size = config.dirty_ring.map(|bytes| RingSize::enable(&fd, bytes)).transpose()?;
+        let fds = (0..config.vcpus)
             .map(|number| {
-                let vcpu = fd
-                    .create_vcpu(number.into())
-                    .map_err(VmError::kvm(format!("KVM_CREATE_VCPU {number}")))?;
-                Vcpu::new(number, vcpu, &cpuid)
+                fd.create_vcpu(number.into())
+                    .map_err(VmError::kvm(format!("KVM_CREATE_VCPU {number}")))
             })
+            .collect::<Result<Vec<_>, _>>()?;
+        let marks = Marks::new(&regions);
+        let ring = ring_size.map(|size| writes::ring(&fd, size, &marks, &fds)).transpose()?;
+        let vcpus = (0..)
+            .zip(fds)
+            .map(|(number, vcpu)| Vcpu::new(number, vcpu, &cpuid))
             .collect::<Result<_, _>>()?;
         signal::install().map_err(|source| VmError::Host { what: "a handler of kicks", source })?;
         let vm = Self {
             vcpus,
+            rings: ring.as_ref().map(DirtyRing::collector),
+            ring: Mutex::new(ring),
             fd,
+            kvm,
             boot,
             regions,
             memory,
@@ -109,6 +139,10 @@ impl Vm {
             config,
             control: Control::default(),
             running: Mutex::new(()),
+            marks,
+            started: AtomicBool::new(false),
+            restored: AtomicBool::new(false),
+            moved: AtomicBool::new(false),
         };
         vm.set_slot(BOOT_SLOT, boot_region.guest_base(), boot_region.kvm_view().range())?;
         for (id, region) in vm.regions() {
@@ -136,24 +170,14 @@ impl Vm {
         &self.memory
     }
 
-    /// A pager's builder for this machine: its memory, and what its set-up asks for. With set-up (d)
-    /// that is delivery by exit only, and no events.
+    /// A pager's builder for this machine: its memory, and what its set-up asks for. With set-up
+    /// (d) that is delivery by exit only, and no events.
     pub fn pager(&self) -> Builder {
-        let builder = Pager::builder(self.layout());
-        match self.config.setup {
-            Setup::Missing => builder.install(
-                (self.config.page_size != PageSize::SIZE_4K).then_some(InstallMethod::Copy),
-            ),
-            Setup::Minor | Setup::MinorOwnView => builder.install(Some(InstallMethod::Continue)),
-            Setup::NoQueue => builder
-                .install(Some(InstallMethod::Continue))
-                .delivery(Delivery::Exit)
-                .events(Events::Ignore),
-        }
+        for_setup(Pager::builder(self.layout()), self.config.setup, self.config.page_size)
     }
 
-    /// Writes the first contents into all of the paged memory and declares it present: for a machine
-    /// without a pager.
+    /// Writes the first contents into all of the paged memory and declares it present: for a
+    /// machine without a pager.
     ///
     /// # Errors
     /// Never, short of a bug.
@@ -161,119 +185,9 @@ impl Vm {
         memory::fill(&self.contents, self.config.payload.pattern)
     }
 
-    /// Runs all vCPUs from the beginning of the payload, each on a thread of its own, until each has
-    /// come to an end. Without `pager`, KVM_RUN is called as it is: for memory that is all there, or
-    /// whose faults a pager takes from a queue.
-    ///
-    /// # Errors
-    /// When the machine runs already, or a vCPU could not be made ready. What happens to a vCPU in
-    /// the guest is in the report.
-    pub fn run(
-        &self,
-        pager: Option<&VmPager>,
-        options: &RunOptions<'_>,
-    ) -> Result<Report, VmError> {
-        let runner = |_| match pager {
-            Some(pager) => Box::new(pager.vcpu()) as Box<dyn VcpuRunner>,
-            None => Box::new(KvmRun),
-        };
-        self.run_with(&runner, pager.map(|pager| &**pager.pager()), options)
-    }
-
-    /// As [`run`](Self::run), with whatever `runner` makes for each vCPU's number entering the guest.
-    /// All are made on the calling thread before the first vCPU runs, and each is dropped on its
-    /// vCPU's thread, or on this one if that thread cannot be had. `pager` is for device threads.
-    ///
-    /// # Errors
-    /// As [`run`](Self::run).
-    pub fn run_with<'r>(
-        &self,
-        runner: &dyn Fn(u16) -> Box<dyn VcpuRunner + 'r>,
-        pager: Option<&Pager>,
-        options: &RunOptions<'_>,
-    ) -> Result<Report, VmError> {
-        let _running = match self.running.try_lock() {
-            Ok(running) => running,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(VmError::Running),
-        };
-        let runners: Vec<_> = (0..self.config.vcpus).map(runner).collect();
-        let started = Instant::now();
-        let result = thread::scope(|scope| {
-            let mut vcpus = Vec::new();
-            for ((number, vcpu), runner) in self.vcpus.iter().enumerate().zip(runners) {
-                let run = Run {
-                    boot: &self.boot,
-                    control: &self.control,
-                    runner,
-                    progress: options.progress,
-                };
-                vcpus.push(self.spawn(scope, format!("vcpu {number}"), || vcpu.run(run))?);
-            }
-            let mut devices = Vec::new();
-            for number in 0..options.devices {
-                let device = Device {
-                    memory: &self.memory,
-                    plan: &self.plan,
-                    pattern: self.config.payload.pattern,
-                    pager,
-                    control: &self.control,
-                    seed: self.config.payload.seed.wrapping_add(number.into()),
-                };
-                let work = move || device.run();
-                devices.push(self.spawn(scope, format!("device {number}"), work)?);
-            }
-            // All are waited for, whatever became of any.
-            let vcpus: Vec<Result<VcpuReport, VmError>> = (0..)
-                .zip(vcpus)
-                .map(|(number, thread)| {
-                    thread.join().unwrap_or_else(|panic| Ok(self.panicked(number, panic)))
-                })
-                .collect();
-            let wall = started.elapsed();
-            let devices: Vec<DeviceReport> = devices
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|panic| panic::resume_unwind(panic)))
-                .collect();
-            Ok(Report { vcpus: vcpus.into_iter().collect::<Result<_, _>>()?, devices, wall })
-        });
-        self.control.run_ended();
-        result
-    }
-
-    /// Starts a thread of a run. If that fails, the others are stopped.
-    fn spawn<'scope, T: Send + 'scope>(
-        &self,
-        scope: &'scope Scope<'scope, '_>,
-        name: String,
-        work: impl FnOnce() -> T + Send + 'scope,
-    ) -> Result<ScopedJoinHandle<'scope, T>, VmError> {
-        thread::Builder::new().name(name).spawn_scoped(scope, work).map_err(|source| {
-            self.stop();
-            VmError::Host { what: "starting a thread", source }
-        })
-    }
-
-    fn panicked(&self, vcpu: u16, panic: Box<dyn Any + Send>) -> VcpuReport {
-        let why = match panic.downcast::<String>() {
-            Ok(why) => *why,
-            Err(panic) => match panic.downcast::<&'static str>() {
-                Ok(why) => (*why).to_owned(),
-                Err(_) => "no message".to_owned(),
-            },
-        };
-        let (page, log2) = self.boot.report(vcpu);
-        VcpuReport {
-            end: End::Panicked(why),
-            touches: page.touches,
-            mismatches: page.mismatches,
-            first_mismatch: None,
-            wall: Duration::ZERO,
-            times: TouchTimes { log2, ..TouchTimes::default() },
-            exits: 0,
-            kicks: 0,
-            pager: None,
-        }
+    /// Units that each vCPU has touched so far, in this run and in those that it goes on from.
+    pub fn touches(&self) -> Vec<u64> {
+        (0..self.config.vcpus).map(|vcpu| self.boot.report(vcpu).0.touches).collect()
     }
 
     /// Gets every vCPU out of the guest once; they go on by themselves.
@@ -286,7 +200,8 @@ impl Vm {
     /// Stops the vCPUs where they are, and returns when none is in the guest. One that waits for a
     /// page leaves at once if it waits outside of KVM_RUN; if it waits in it, as soon as the kernel
     /// lets it: where KVM's stage 2 waits, at once (Linux 6.2 and later), where KVM reads the page
-    /// itself, when the page comes. Every pause needs a [`resume`](Self::resume) of its own.
+    /// itself, when the page comes. A vCPU that is in the middle of an instruction ends it before,
+    /// unless that waits for memory. Every pause needs a [`resume`](Self::resume) of its own.
     pub fn pause(&self) {
         self.control.pause(|| self.kick());
     }
@@ -296,15 +211,27 @@ impl Vm {
         self.control.resume();
     }
 
-    /// Ends the run in progress, or the next one if there is none, with [`End::Stopped`].
+    /// Has the vCPUs rest so many percent of their time, 99 at most, until it is set anew: 0 lets
+    /// them run freely. It is the same for runs that follow.
+    pub fn throttle(&self, percent: u8) {
+        self.control.set_throttle(percent);
+    }
+
+    /// Ends the run in progress, or the next one if there is none, with
+    /// [`End::Stopped`](crate::End::Stopped).
     pub fn stop(&self) {
         self.control.stop();
         self.kick();
     }
 
+    /// What has been stopped has ended, and the next run is not to be.
+    pub(crate) fn forget_stop(&self) {
+        self.control.run_ended();
+    }
+
     /// Takes a region's memslot away. Its guest addresses have no memory then: a vCPU that touches
-    /// one ends with [`End::NoMemory`], so do it in a pause and [put it back](Self::restore_slot) in
-    /// the same.
+    /// one ends with [`End::NoMemory`](crate::End::NoMemory), so do it in a pause and [put it
+    /// back](Self::restore_slot) in the same.
     ///
     /// # Errors
     /// When there is no such region, or KVM refuses.
@@ -327,8 +254,8 @@ impl Vm {
     }
 
     /// Moves a region's memslot to another guest-physical address, and the guest's page tables with
-    /// it: the guest finds the same memory where it was. To be done in a pause, in which KVM forgets
-    /// what it has cached of the page tables.
+    /// it: the guest finds the same memory where it was. To be done in a pause, in which KVM
+    /// forgets what it has cached of the page tables.
     ///
     /// # Errors
     /// When there is no such region, `to` is not a multiple of 1 GiB, or KVM refuses.
@@ -342,14 +269,16 @@ impl Vm {
         if !to.is_aligned(PageSize::SIZE_1G) {
             return Err(VmError::Move { region, to, why: "not a multiple of 1 GiB" });
         }
+        self.moved.store(true, SeqCst);
         self.place_slot(region, to, pager)?;
         self.boot.remap(moved.guest_base(), moved.len(), to);
         Ok(())
     }
 
-    /// Compares all words of all granules that are present with what they should be after a run that
-    /// every vCPU and every device thread came to the end of. `devices` says whether there were
-    /// device threads.
+    /// Compares all words of all granules that are present with what they should be after a run
+    /// that every vCPU and every device thread came to the end of. `devices` says whether there
+    /// were device threads. With a payload that only reads, or [counts](crate::Operation::Count),
+    /// the run may have been stopped, or be paused.
     ///
     /// # Errors
     /// Never, short of a bug.
@@ -360,6 +289,8 @@ impl Vm {
             operation: payload.operation,
             pattern: payload.pattern,
             devices,
+            counted: (payload.operation == Operation::Count)
+                .then(|| self.plan.counted(&self.touches())),
         };
         expectation.compare(&self.contents)
     }
@@ -414,12 +345,26 @@ impl Vm {
             memory_size: host.len(),
             userspace_addr: host.start().get(),
         };
-        // SAFETY: the range is one of the machine's mappings, of which no Rust reference exists, and
-        // which `self.memory` keeps until after the machine is dropped.
+        // SAFETY: the range is one of the machine's mappings, of which no Rust reference exists,
+        // and which `self.memory` keeps until after the machine is dropped.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(VmError::kvm(format!(
             "KVM_SET_USER_MEMORY_REGION {slot}, {:#x} bytes at {guest}",
             host.len()
         )))
+    }
+}
+
+/// What a set-up asks of a pager.
+pub(crate) fn for_setup(builder: Builder, setup: Setup, page_size: PageSize) -> Builder {
+    match setup {
+        Setup::Missing => {
+            builder.install((page_size != PageSize::SIZE_4K).then_some(InstallMethod::Copy))
+        }
+        Setup::Minor | Setup::MinorOwnView => builder.install(Some(InstallMethod::Continue)),
+        Setup::NoQueue => builder
+            .install(Some(InstallMethod::Continue))
+            .delivery(Delivery::Exit)
+            .events(Events::Ignore),
     }
 }
 

@@ -51,8 +51,10 @@ pub fn payloads() -> impl Iterator<Item = (Order, Operation, Ring)> {
     })
 }
 
+mod background;
 mod giant;
 mod paged;
 
+pub use background::{started, stop_and_check, wait_for_progress};
 pub use giant::GiantPages;
 pub use paged::{Case, HUGE_MEMORY, Paged, cases, config, name};

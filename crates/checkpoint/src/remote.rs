@@ -141,7 +141,7 @@ impl Destination for Remote {
 
     /// Both sides agree on how many images there were.
     fn close(&mut self) -> Result<(), DestinationError> {
-        self.sender.close().map_err(SendingError::from)?;
+        self.sender.complete().map_err(SendingError::from)?;
         Ok(())
     }
 }

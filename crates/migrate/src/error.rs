@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use pageferry_paging::SourceError;
 
 use crate::{
-    Endpoint,
+    Endpoint, GuestError,
     core::{Counts, ProtocolError, WireSpan},
 };
 
@@ -94,6 +94,58 @@ pub enum MigrateError {
     /// This side is leaving.
     #[error("stopped")]
     Stopped,
+    /// Bytes came packed that cannot be unpacked.
+    #[error("unpacking pages: {0}")]
+    Packed(String),
+    /// The embedder's side of a guest failed.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The migration was called off; the guest is at the source.
+    #[error("cancelled")]
+    Cancelled,
+    /// The guest writes faster than it can be sent; it is at the source.
+    #[error("the guest would stand still for {downtime:?}, where {wanted:?} were asked for")]
+    NotConverging {
+        /// What it would be.
+        downtime: Duration,
+        /// What was asked for.
+        wanted: Duration,
+    },
+    /// The migration failed, and then the guest could not be resumed: it stands still at the
+    /// source, whole.
+    #[error("the guest stands still, and could not be resumed: {0}")]
+    NotResumed(#[source] GuestError),
+    /// The destination had been given the guest, could not run it, and dropped it; the guest goes on
+    /// at the source.
+    #[error("the destination could not run the guest, which goes on at the source")]
+    DroppedThere,
+    /// The destination was said to be gone for good; the guest goes on at the source.
+    #[error("the guest was taken back, on the word that the destination never runs it")]
+    Reclaimed,
+    /// The destination was given up, and the guest with it.
+    #[error("the destination is gone, and the guest with it; {unsent} bytes had not been sent")]
+    Gone {
+        /// Bytes of guest memory that the destination did not have.
+        unsent: u64,
+    },
+    /// The source was given up: what was missing is poisoned.
+    #[error("the source is gone; {missing} bytes of the guest's memory never came")]
+    Abandoned {
+        /// Bytes of guest memory that are missing.
+        missing: u64,
+    },
+    /// The source has called the migration off.
+    #[error("called off by the source: {0}")]
+    CalledOff(crate::core::Refusal),
+    /// Guest memory was to be touched where there is none.
+    #[error(transparent)]
+    OutOfRange(#[from] pageferry_memory::OutOfRange),
+    /// Memory cannot be delivered on demand here.
+    #[error(transparent)]
+    Pager(#[from] pageferry_paging::StartError),
+    /// Memory that had come and is stale cannot be discarded.
+    #[error("discarding stale memory: {0}")]
+    Discard(io::Error),
 }
 
 impl MigrateError {

@@ -4,6 +4,8 @@
 //! * [`PeerSource`]: the destination's end, a [`PageSource`](pageferry_paging::PageSource).
 //! * [`PageServer`]: the source's end, which serves any [`PageStore`] to any number of clients.
 //! * [`PeerReader`]: reads a peer's memory without taking it over.
+//! * [`SourceMigration`], [`DestinationMigration`]: whole running guests, from one side to the
+//!   other: pre-copy, post-copy, or one after the other.
 //! * [`ImageSender`], [`ImageReceiver`]: whole images, each as it is made, from one side to the
 //!   other.
 
@@ -14,6 +16,7 @@ pub mod fuzz;
 
 mod endpoint;
 mod error;
+mod guest;
 mod images;
 mod net;
 mod peer;
@@ -23,6 +26,12 @@ mod store;
 
 pub use endpoint::{Endpoint, EndpointError};
 pub use error::MigrateError;
+pub use guest::{
+    Compression, DestinationCounts, DestinationGuest, DestinationMigration, DestinationStatus,
+    DeviceState, DirtySink, Event, GuestError, MigrateOptions, Mode, Observer, OnNoConvergence,
+    Outcome, ReceiveOptions, RoundReport, SourceCounts, SourceGuest, SourceMigration, SourceStatus,
+    Stage, Via,
+};
 pub use images::{
     ImageDescription, ImageInProgress, ImageReceiver, ImageSender, ImageSink, ImageStreamError,
     ReceiveEvent, ReceivedImages, ReceiverOptions, SenderOptions, SinkFailure,

@@ -95,7 +95,7 @@ fn bad_handshakes() {
             "versions upside down",
             |raw| {
                 let mut bytes = encoded(&offer(Role::Destination, Channel::Demand));
-                bytes[HEADER_LEN + 8] = 3;
+                bytes[HEADER_LEN + 8] = 4;
                 raw.send(&bytes);
             },
             Some(RefusalCode::Version),
@@ -289,7 +289,7 @@ fn violations() {
             let raw = match channel {
                 Channel::Demand => &mut demand,
                 Channel::Background => &mut background,
-                Channel::Images => unreachable!("a source has no such channel"),
+                _ => unreachable!("a source has no such channel"),
             };
             // Only the demand channel is silent in that case.
             script(raw);

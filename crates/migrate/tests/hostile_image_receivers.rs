@@ -13,7 +13,7 @@ use pageferry_migrate::{
     SenderOptions, ServerOptions,
     core::{
         Channel, Counts, Encoder, Frame, HEADER_LEN, ImageCounts, ImageEnd, ImageId, ImageStored,
-        Refusal, RefusalCode, Role, SessionId, Terms,
+        Refusal, RefusalCode, Role, SessionId, Terms, VERSION_IMAGES, VERSION_MAX,
     },
 };
 
@@ -315,14 +315,14 @@ fn peers_that_are_no_receivers() {
                 bytes[HEADER_LEN + 8..HEADER_LEN + 12].copy_from_slice(&[1, 0, 1, 0]);
                 raw.send(&bytes);
             },
-            "peer speaks versions 1 to 1, this side 2 to 2",
+            "peer speaks versions 1 to 1, this side 2 to 3",
         ),
     ];
     for (answer, text) in answers {
         let (endpoint, _old) = fake_source(&"127.0.0.1:0".parse().unwrap(), move |accept| {
             let mut raw = accept();
             let Some(Frame::Hello(offer)) = raw.receive() else { panic!("no hello") };
-            assert_eq!((offer.version_min, offer.version_max), (2, 2));
+            assert_eq!((offer.version_min, offer.version_max), (VERSION_IMAGES, VERSION_MAX));
             answer(&mut raw);
             raw.finish();
         });

@@ -63,7 +63,7 @@ fn bad_handshakes() {
             "later versions alone",
             |raw| {
                 let mut bytes = encoded(&offer(Role::ImageSender, Channel::Images));
-                bytes[HEADER_LEN + 8..HEADER_LEN + 12].copy_from_slice(&[3, 0, 9, 0]);
+                bytes[HEADER_LEN + 8..HEADER_LEN + 12].copy_from_slice(&[4, 0, 9, 0]);
                 raw.send(&bytes);
             },
             Some(RefusalCode::Version),

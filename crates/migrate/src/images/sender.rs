@@ -277,13 +277,21 @@ impl ImageSender {
         self.send(&[])
     }
 
-    /// Ends the sequence: both sides agree on how many images there were. Returns that. What is left to do
-    /// is to drop the sender.
+    /// Leaves, once both sides have [agreed](Self::complete) on the images.
+    ///
+    /// # Errors
+    /// As [`complete`](Self::complete).
+    pub fn close(mut self) -> Result<ImageTotals, ImageStreamError> {
+        self.complete()
+    }
+
+    /// No image follows: both sides agree on how many there were. Returns that. What is left to do
+    /// is to drop the sender, which ends the connection.
     ///
     /// # Errors
     /// [`ProtocolError::Unexpected`] if an image has begun, [`ProtocolError::ImagesMismatch`] if
     /// the receiver counted otherwise; and if the connection has failed. What is stored stays.
-    pub fn close(&mut self) -> Result<ImageTotals, ImageStreamError> {
+    pub fn complete(&mut self) -> Result<ImageTotals, ImageStreamError> {
         let totals = self.state()?.session.totals();
         self.frame(&Frame::Complete(totals.into()))?;
         self.flush()?;

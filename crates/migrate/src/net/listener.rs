@@ -106,6 +106,18 @@ impl Listener {
         }
     }
 
+    /// Whether [`stop`](Self::stop) was called.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.wait_stopped(Duration::ZERO)
+    }
+
+    /// Waits for that, at most for `limit`; tells whether it came.
+    pub(crate) fn wait_stopped(&self, limit: Duration) -> bool {
+        let limit = Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+        let mut fds = [PollFd::new(&self.stop, PollFlags::IN)];
+        poll(&mut fds, Some(&limit)).is_ok_and(|ready| ready > 0)
+    }
+
     /// Makes [`accept`](Self::accept) return, now and from now on.
     pub(crate) fn stop(&self) {
         // EAGAIN: the counter is full, so it is readable.

@@ -9,6 +9,7 @@ mod wire;
 
 pub(crate) use listener::Listener;
 pub use piece::Piece;
+pub(crate) use piece::Place;
 pub(crate) use reader::FrameReader;
 pub use stop::Stop;
 pub(crate) use stop::Woken;

@@ -3,6 +3,7 @@
 
 use std::{io, marker::PhantomData, ops::Range, os::fd::AsRawFd};
 
+use pageferry_memory::{Mapping, OutOfRange};
 use rustix::fd::BorrowedFd;
 
 /// Bytes that only the kernel will read: a slice, or memory that others may be writing.
@@ -60,6 +61,87 @@ impl<'a> From<&'a [u8]> for Piece<'a> {
         // SAFETY: borrowed for `'a`.
         unsafe { Self::from_raw(bytes.as_ptr(), bytes.len()) }
     }
+}
+
+/// Where received bytes belong: a buffer, or memory of a guest, of which there is no reference.
+#[derive(Debug)]
+pub(crate) enum Place<'a> {
+    Bytes(&'a mut [u8]),
+    Memory {
+        mapping: &'a Mapping,
+        /// The place is all inside the mapping.
+        offset: u64,
+        length: usize,
+    },
+}
+
+impl<'a> Place<'a> {
+    /// The `length` bytes of the mapping from `offset` on.
+    pub(crate) fn memory(
+        mapping: &'a Mapping,
+        offset: u64,
+        length: usize,
+    ) -> Result<Self, OutOfRange> {
+        let end = offset.checked_add(length as u64);
+        if end.is_none_or(|end| end > mapping.range().len()) {
+            return Err(OutOfRange { offset, len: length as u64, mapping: mapping.range() });
+        }
+        Ok(Self::Memory { mapping, offset, length })
+    }
+
+    /// Number of bytes.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Memory { length, .. } => *length,
+        }
+    }
+
+    /// The bytes from `from` on.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(super) fn rest(&mut self, from: usize) -> Place<'_> {
+        match self {
+            Self::Bytes(bytes) => Place::Bytes(&mut bytes[from..]),
+            Self::Memory { mapping, offset, length } => {
+                assert!(from <= *length, "{from} of {length}");
+                Place::Memory { mapping, offset: *offset + from as u64, length: *length - from }
+            }
+        }
+    }
+
+    /// Copies `bytes`, no more than the place has, to its beginning.
+    pub(super) fn put(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Bytes(place) => place[..bytes.len()].copy_from_slice(bytes),
+            Self::Memory { mapping, offset, length } => {
+                assert!(bytes.len() <= *length, "{} of {length}", bytes.len());
+                mapping.write_at(*offset, bytes).expect("the place is inside the mapping");
+            }
+        }
+    }
+
+    fn iovec(&mut self) -> libc::iovec {
+        let start = match self {
+            Self::Bytes(bytes) => bytes.as_mut_ptr(),
+            Self::Memory { mapping, offset, .. } => mapping.as_ptr().wrapping_add(*offset as usize),
+        };
+        libc::iovec { iov_base: start.cast(), iov_len: self.len() }
+    }
+}
+
+/// readv(2) into `place` and then into `after`.
+pub(super) fn read_places(
+    socket: BorrowedFd<'_>,
+    mut place: Place<'_>,
+    after: &mut [u8],
+) -> io::Result<usize> {
+    let parts = [place.iovec(), Place::Bytes(after).iovec()];
+    // SAFETY: both parts are mapped and writable during the call: buffers that are borrowed
+    // exclusively, or memory of a mapping, of which no reference exists.
+    let read = unsafe { libc::readv(socket.as_raw_fd(), parts.as_ptr(), parts.len() as i32) };
+    if read < 0 { Err(io::Error::last_os_error()) } else { Ok(read as usize) }
 }
 
 /// sendmsg(2) of as many of `pieces` as one call takes, without SIGPIPE.

@@ -1,12 +1,12 @@
 //! Frames from a stream, and payloads straight from it to where they belong.
 
 use std::{
-    io::{self, IoSliceMut},
+    io,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use super::{Stop, Stream, Woken};
+use super::{Place, Stop, Stream, Woken};
 use crate::{
     MigrateError,
     core::{Decoder, Frame, HEADER_LEN, Item, ProtocolError},
@@ -101,7 +101,7 @@ impl FrameReader {
                 Some(Item::Payload(_)) => unreachable!("no payload was due"),
                 None => {}
             }
-            self.read(&mut [], idle)?;
+            self.read(Place::Bytes(&mut []), idle)?;
         }
     }
 
@@ -111,14 +111,24 @@ impl FrameReader {
         place: &mut [u8],
         idle: &mut Idle<'_>,
     ) -> Result<(), MigrateError> {
+        self.payload_to(Place::Bytes(place), idle)
+    }
+
+    /// As [`payload`](Self::payload), wherever it belongs.
+    pub(crate) fn payload_to(
+        &mut self,
+        mut place: Place<'_>,
+        idle: &mut Idle<'_>,
+    ) -> Result<(), MigrateError> {
         let mut done = 0;
         while done < place.len() {
             let buffered = &self.ahead[self.start..self.end];
+            let mut rest = place.rest(done);
             let n = if buffered.is_empty() {
-                self.read(&mut place[done..], idle)?
+                self.read(rest, idle)?
             } else {
-                let n = buffered.len().min(place.len() - done);
-                place[done..done + n].copy_from_slice(&buffered[..n]);
+                let n = buffered.len().min(rest.len());
+                rest.put(&buffered[..n]);
                 self.start += n;
                 n
             };
@@ -130,7 +140,7 @@ impl FrameReader {
 
     /// One read into `place` and then into the empty read-ahead; returns how much of `place`
     /// was filled.
-    fn read(&mut self, place: &mut [u8], idle: &mut Idle<'_>) -> Result<usize, MigrateError> {
+    fn read(&mut self, mut place: Place<'_>, idle: &mut Idle<'_>) -> Result<usize, MigrateError> {
         debug_assert_eq!(self.start, self.end);
         loop {
             if let Some((until, after)) = self.deadline
@@ -140,9 +150,7 @@ impl FrameReader {
             }
             let wanted = place.len();
             let read = match self.wait() {
-                Ok(Woken::Ready) => self
-                    .stream
-                    .read(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)]),
+                Ok(Woken::Ready) => self.stream.read(place.rest(0), &mut self.ahead),
                 Ok(Woken::TimedOut) => Ok(None),
                 Ok(Woken::Stopped) => return Err(MigrateError::Stopped),
                 Err(error) => Err(error),

@@ -1,7 +1,7 @@
 //! A connected TCP or Unix stream socket.
 
 use std::{
-    io::{self, IoSliceMut},
+    io,
     net::{SocketAddr, TcpStream, ToSocketAddrs},
     path::Path,
     time::{Duration, Instant},
@@ -17,7 +17,10 @@ use rustix::{
     },
 };
 
-use super::{Piece, Stop, Woken, piece::send_pieces};
+use super::{
+    Piece, Place, Stop, Woken,
+    piece::{read_places, send_pieces},
+};
 use crate::Endpoint;
 
 /// How long a call on a stream may block.
@@ -37,6 +40,9 @@ pub(crate) struct Stream {
 
 /// Send buffer asked for on Unix sockets, whose buffers do not grow by themselves.
 const UNIX_BUFFER: usize = 1 << 20;
+
+/// Buffers of a connection that somebody may wait for.
+const SHORT_QUEUE: usize = 512 << 10;
 
 impl Stream {
     /// Connects within `limit`; with an error of kind `Interrupted` when `stop` is called for
@@ -87,14 +93,15 @@ impl Stream {
         Ok(sockopt::set_socket_timeout(&self.socket, Timeout::Recv, Some(limit))?)
     }
 
-    /// Reads into `buffers`; 0 at the end, `None` when the read timeout passed.
-    pub(crate) fn read(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<Option<usize>> {
+    /// Reads into `place` and, what is more, into `after`; 0 at the end, `None` when the read
+    /// timeout passed.
+    pub(crate) fn read(&self, mut place: Place<'_>, after: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
-            match rustix::io::readv(&self.socket, buffers) {
+            match read_places(self.socket.as_fd(), place.rest(0), after) {
                 Ok(n) => return Ok(Some(n)),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(None),
-                Err(error) => return Err(error.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error),
             }
         }
     }
@@ -145,6 +152,19 @@ impl Stream {
                 if pieces[0].is_empty() {
                     pieces = &mut pieces[1..];
                 }
+            }
+        }
+    }
+
+    /// Lets no more than a moment's worth of bytes wait on the way: on a connection behind whose
+    /// bytes somebody may wait, more would only be more to wait for.
+    pub(crate) fn shorten_queue(&self) {
+        for set in [
+            sockopt::set_socket_send_buffer_size(&self.socket, SHORT_QUEUE),
+            sockopt::set_socket_recv_buffer_size(&self.socket, SHORT_QUEUE),
+        ] {
+            if let Err(error) = set {
+                tracing::debug!(%error, "a buffer stays as it is");
             }
         }
     }

@@ -217,7 +217,7 @@ impl Inner {
         match channel {
             Channel::Demand => &self.demand,
             Channel::Background => &self.background,
-            Channel::Images => unreachable!("a destination has no such channel"),
+            _ => unreachable!("a destination has no such channel"),
         }
     }
 

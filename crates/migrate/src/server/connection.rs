@@ -38,7 +38,7 @@ impl Connection {
             Ok(hello) => match hello.channel {
                 Channel::Demand => self.run_demand(hello),
                 Channel::Background => self.run_background(hello),
-                Channel::Images => unreachable!("a source agrees to no such channel"),
+                _ => unreachable!("a source agrees to no such channel"),
             },
             Err(error) => {
                 tracing::debug!(peer = self.peer, %error, "handshake failed");

@@ -7,13 +7,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pageferry::{
     checkpoint::{self, Destination, Directory, Event, Options, Remote, Round, SendingError, Why},
     migrate::{Endpoint, SenderOptions},
-    process::{ProcessError, StopMethod, StopOptions},
+    process::{Process, ProcessError, StopMethod, StopOptions, Stopped},
 };
 use serde::Serialize;
 
 use crate::{
     Context, dirty,
     exit::{self, Exit, Failure},
+    signals::Signal,
     size,
 };
 
@@ -163,12 +164,17 @@ impl RoundLine {
             Some(_) => format!("stopped {stopped_ms:.1} ms"),
             None => "running".to_owned(),
         };
+        // Everything is new to the first round.
+        let whole = match self.wholesale_bytes {
+            0 => String::new(),
+            bytes => format!(" (of that {} new or not tracked, taken whole)", size::display(bytes)),
+        };
         let broken = match self.broken_bytes {
             0 => String::new(),
             bytes => format!(", {} unreadable (memory errors)", size::display(bytes)),
         };
         format!(
-            "round {round}: {changed} changed, {stored} stored, {stopped}, {took_ms:.0} ms{broken}: {image}"
+            "round {round}: {changed} changed{whole}, {stored} stored, {stopped}, {took_ms:.0} ms{broken}: {image}"
         )
     }
 }
@@ -180,7 +186,8 @@ enum To {
 }
 
 impl To {
-    /// What is written like an address is one, unless there is a directory of that name.
+    /// What is written like an address is one, unless there is a directory of that name. One with a
+    /// mistake in it is no directory to be made: the memory would be written to this disk.
     fn open(to: &str, context: &Context) -> anyhow::Result<Self> {
         let path = PathBuf::from(to);
         let local = path.exists() || (to.contains('/') && !to.starts_with("unix:"));
@@ -192,6 +199,10 @@ impl To {
                     anyhow::Error::new(Failure::source_lost(format!("--to: {error}")))
                 })?;
                 Ok(Self::Peer(remote))
+            }
+            Err(error) if !local && to.contains(':') => {
+                let why = format!("--to: {error}; a directory of that name is ./{to}");
+                Err(Failure::usage(why).into())
             }
             _ => Ok(Self::Directory(Box::new(Directory::open(path)?))),
         }
@@ -205,8 +216,22 @@ impl To {
     }
 }
 
+/// Stops the process once, in the way that may not be possible, before anything is copied; for how
+/// long.
+fn try_stop(process: &Process, args: &Args, context: &Context) -> anyhow::Result<Duration> {
+    if args.stop != Stop::Cgroup || args.rounds == 0 {
+        return Ok(Duration::ZERO);
+    }
+    let stopped = process.stop_with(args.stop.options()).and_then(Stopped::resume);
+    stopped.map_err(|error| match dirty::interrupted(&error, context) {
+        Some(signal) => Failure::interrupted(signal).into(),
+        None => error.into(),
+    })
+}
+
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let process = dirty::open(args.pid)?;
+    let tried = try_stop(&process, args, context)?;
     let mut to = To::open(&args.to, context)?;
     let options = Options {
         rounds: args.rounds,
@@ -237,7 +262,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         Ok(report) => report,
         Err(error) => return Err(failure(error, context)),
     };
-    let stopped = report.rounds.iter().map(|round| round.stopped).sum::<Duration>() + report.attach;
+    let rounds = report.rounds.iter().map(|round| round.stopped);
+    let stopped = rounds.sum::<Duration>() + report.attach + tried;
     let last = report.rounds.last().context("a checkpoint has a last round")?;
     if context.output.json() {
         context.output.write_json_line(&Line::Complete {
@@ -316,10 +342,20 @@ fn is_missing(why: &Why) -> bool {
     }
 }
 
+/// The signal that it was given up for, if it was.
+fn interrupted(why: &Why, context: &Context) -> Option<Signal> {
+    match why {
+        Why::Stopped => context.signals.caught(),
+        Why::Process(error) => dirty::interrupted(error, context),
+        Why::Tracking(error) => dirty::interrupted_tracking(error, context),
+        _ => None,
+    }
+}
+
 /// The exit code that belongs to what happened.
 fn failure(error: checkpoint::CheckpointError, context: &Context) -> anyhow::Error {
-    match (&error.why, context.signals.caught()) {
-        (Why::Stopped, Some(signal)) => {
+    match (&error.why, interrupted(&error.why, context)) {
+        (_, Some(signal)) => {
             let last = match &error.last_complete {
                 Some(image) => format!("the last complete image is {image}"),
                 None => "no image was completed".to_owned(),

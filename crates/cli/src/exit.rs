@@ -44,6 +44,18 @@ pub(crate) fn help_of_server(examples: &str) -> String {
     format!("{examples}\n\n{}", kept.collect::<Vec<_>>().join("\n"))
 }
 
+/// As [`help`], for a command that goes on until it is stopped, unless it is told `--for` how long.
+pub(crate) fn help_of_watcher(examples: &str) -> String {
+    let codes = CODES
+        .replace("0  success", "0  success; without --for also stopped by SIGINT or SIGTERM")
+        .replace("stopped by SIGINT\n", "stopped by SIGINT, with --for or before it began\n")
+        .replace(
+            "  143  stopped by SIGTERM",
+            "  143  stopped by SIGTERM, with --for or before it began",
+        );
+    format!("{examples}\n\n{codes}")
+}
+
 impl Exit {
     pub(crate) fn code(self) -> u8 {
         match self {
@@ -127,6 +139,24 @@ mod tests {
         for (error, code) in cases {
             assert_eq!(of_error(&error).code(), code, "{error:#}");
         }
+    }
+
+    #[test]
+    fn help_says_what_a_signal_means() {
+        let codes = |help: &str| -> Vec<String> {
+            let lines = help.lines().map(str::trim);
+            lines.filter(|line| line.contains("SIG")).map(str::to_owned).collect()
+        };
+        assert_eq!(codes(&help("")), ["130  stopped by SIGINT", "143  stopped by SIGTERM"]);
+        assert_eq!(codes(&help_of_server("")), ["0  stopped by SIGINT or SIGTERM"]);
+        assert_eq!(
+            codes(&help_of_watcher("")),
+            [
+                "0  success; without --for also stopped by SIGINT or SIGTERM",
+                "130  stopped by SIGINT, with --for or before it began",
+                "143  stopped by SIGTERM, with --for or before it began",
+            ]
+        );
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod dirty;
 mod doctor;
 mod exit;
 mod image;
+mod migrate;
 mod output;
 mod receive;
 mod room;
@@ -16,6 +17,7 @@ mod serve;
 #[allow(unsafe_code)]
 mod signals;
 mod size;
+mod vm;
 
 use std::{os::fd::AsFd as _, process::ExitCode};
 
@@ -37,6 +39,8 @@ Examples:
   pageferry dirty --pid 4711
   pageferry checkpoint --pid 4711 --to checkpoints/
   pageferry image ls checkpoints/
+  pageferry vm run --name a
+  pageferry migrate --from a --to 192.0.2.7:7000
   pageferry bench faults --threads 8
   pageferry bench faults --help";
 
@@ -62,6 +66,8 @@ enum Command {
     Checkpoint(checkpoint::Args),
     Receive(receive::Args),
     Image(image::Args),
+    Vm(vm::Args),
+    Migrate(migrate::Args),
     #[command(hide = true)]
     DemoSource(demo::source::Args),
     #[command(hide = true)]
@@ -101,6 +107,8 @@ fn run(cli: &Cli, context: &Context) -> anyhow::Result<Exit> {
         Command::Checkpoint(args) => checkpoint::run(args, context),
         Command::Receive(args) => receive::run(args, context),
         Command::Image(args) => image::run(args, context),
+        Command::Vm(args) => vm::run(args, context),
+        Command::Migrate(args) => migrate::run(args, context),
         Command::DemoSource(args) => demo::source::run(args, context),
         Command::DemoKeeper(args) => demo::reserve::keep(args),
     }

@@ -2,9 +2,16 @@
 
 use std::{
     fmt::Write as _,
-    io::{self, Write as _},
+    io::{self, Stdout, Write as _},
+    os::fd::AsFd,
+    time::Duration,
 };
 
+use anyhow::Context as _;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use serde::Serialize;
 
 /// Where and how a command writes its result.
@@ -44,6 +51,48 @@ impl Output {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             other => other,
         }
+    }
+}
+
+/// Standard output, to be polled for that nobody reads it any more: it is a pipe, a socket or a
+/// terminal, and the other side of it is gone (poll(2), POLLERR and POLLHUP).
+pub(crate) fn unread(stdout: &Stdout) -> PollFd<'_> {
+    PollFd::new(stdout, PollFlags::empty())
+}
+
+/// Whether that is so. A command that reports without end has to ask.
+pub(crate) fn is_unread() -> anyhow::Result<bool> {
+    let stdout = io::stdout();
+    polled(&mut [unread(&stdout)], Some(Duration::ZERO))
+}
+
+/// Waits until that is so, or `over` is readable; whether it is so.
+pub(crate) fn wait_unread(over: &impl AsFd) -> anyhow::Result<bool> {
+    let stdout = io::stdout();
+    let mut fds = [unread(&stdout), PollFd::new(over, PollFlags::IN)];
+    loop {
+        if polled(&mut fds, None)? {
+            return Ok(true);
+        }
+        if !fds[1].revents().is_empty() {
+            return Ok(false);
+        }
+    }
+}
+
+/// Whether the first of `fds` has anything to say.
+fn polled(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> anyhow::Result<bool> {
+    let limit = limit.map(Timespec::try_from).transpose()?;
+    match poll(fds, limit.as_ref()) {
+        Ok(_) => Ok(!fds[0].revents().is_empty()),
+        Err(Errno::INTR) => {
+            // What an interrupted call leaves there says nothing.
+            for fd in fds {
+                fd.clear_revents();
+            }
+            Ok(false)
+        }
+        Err(error) => Err(error).context("waiting until nobody reads standard output"),
     }
 }
 

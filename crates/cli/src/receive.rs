@@ -1,18 +1,28 @@
 //! `pageferry receive`: the other end of `pageferry checkpoint --to HOST:PORT`.
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
 
+use anyhow::Context as _;
 use pageferry::{
     checkpoint::{Directory, Receiving},
-    migrate::{Endpoint, ImageReceiver, ReceiveEvent, ReceiverOptions},
+    migrate::{Endpoint, ImageReceiver, MigrateError, ReceiveEvent, ReceiverOptions, Stop},
 };
 use serde::Serialize;
 
 use crate::{
     Context,
     exit::{self, Exit, Failure},
-    output::Output,
+    output::{self, Output},
 };
+
+/// A peer that says nothing for so long keeps nobody else out any longer: a true one speaks first,
+/// and waits some times as long to be answered.
+const HANDSHAKE: Duration = Duration::from_secs(1);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -22,7 +32,8 @@ Examples:
 Writes the images that `pageferry checkpoint --to HOST:PORT` sends to a directory, each as it is made.
 An image appears when it is complete and on disk; only then the sender is told so. If the sender is
 lost, what it had begun is dropped, and what is complete stays. One sender at a time: others wait a
-little, and are turned away then. With port 0 the system picks one; the address is the first line
+little, and are turned away then. It ends when nobody reads what it says any more (`| head`), after
+the sender that is there. With port 0 the system picks one; the address is the first line
 printed. There is no encryption and no authentication yet: listen on addresses that only trusted
 peers reach.";
 
@@ -111,30 +122,106 @@ impl Line {
     }
 }
 
+/// Whoever reads what is said.
+struct Reader {
+    state: Mutex<State>,
+    /// Ends the receiving.
+    stop: Stop,
+}
+
+#[derive(Default)]
+struct State {
+    /// A sender is being served.
+    sending: bool,
+    gone: bool,
+}
+
+impl Reader {
+    /// Ends the receiving when nobody reads any more; a sender that is there is served to its end.
+    fn update(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        if state.gone && !state.sending {
+            self.stop.stop();
+        }
+    }
+
+    fn see(&self, event: &ReceiveEvent<'_>) {
+        match event {
+            ReceiveEvent::Connected { .. } => self.update(|state| state.sending = true),
+            ReceiveEvent::Ended { .. } => self.update(|state| state.sending = false),
+            _ => {}
+        }
+    }
+
+    /// Looks out for it while something else is done.
+    fn watch<T>(&self, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let over = Over(Stop::new().context("making an eventfd")?);
+        let done = over.0.clone();
+        thread::scope(|scope| {
+            let watching = thread::Builder::new()
+                .name("pf-reader".into())
+                .spawn_scoped(scope, || -> anyhow::Result<()> {
+                    let done = done;
+                    if output::wait_unread(&done)? {
+                        self.update(|state| state.gone = true);
+                    }
+                    Ok(())
+                })
+                .context("starting a thread")?;
+            let result = work();
+            drop(over);
+            watching.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            result
+        })
+    }
+}
+
+/// Ends the looking out, also when what was done meanwhile panics.
+struct Over(Stop);
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let endpoint: Endpoint =
         args.listen.parse().map_err(|error| Failure::usage(format!("--listen: {error}")))?;
     let mut sink = Receiving::new(Directory::open(&args.to)?);
     let stop = context.stop_signal()?;
-    let receiver = ImageReceiver::listen(&endpoint, ReceiverOptions::default())?;
+    let mut options = ReceiverOptions::default();
+    options.handshake_timeout = HANDSHAKE;
+    let receiver = ImageReceiver::listen(&endpoint, options)?;
     let address = receiver.local_endpoint().to_string();
     Line::Listening { address }.write(context.output)?;
+    let reader = Reader { state: Mutex::default(), stop: stop.clone() };
     let mut said = Ok(());
     let mut observe = |event: ReceiveEvent<'_>| {
+        reader.see(&event);
         if let Some(line) = Line::of(&event)
             && said.is_ok()
         {
             said = line.write(context.output);
         }
     };
-    if args.once {
-        let received = receiver.serve_one(&mut sink, &mut observe, &stop);
-        if context.signals.caught().is_none() {
-            received.map_err(|error| Failure::source_lost(error.to_string()))?;
+    reader.watch(|| {
+        if args.once {
+            let received = receiver.serve_one(&mut sink, &mut observe, &stop);
+            match received {
+                Err(error)
+                    if context.signals.caught().is_none()
+                        && !matches!(*error.error, MigrateError::Stopped) =>
+                {
+                    Err(Failure::source_lost(error.to_string()).into())
+                }
+                _ => Ok(()),
+            }
+        } else {
+            receiver.serve(&mut sink, &mut observe, &stop).map_err(Into::into)
         }
-    } else {
-        receiver.serve(&mut sink, &mut observe, &stop)?;
-    }
+    })?;
     said?;
     // Being stopped is how receiving ends: it is no failure.
     Ok(Exit::Success)

@@ -24,7 +24,8 @@ Examples:
 
 The image is the memory itself, byte for byte, and is never written. Clients speak the page-transfer
 protocol (crates/migrate/docs/protocol.md). With port 0 the system picks one; the address is the
-first line printed. There is no encryption and no authentication yet: listen on addresses that only
+first line printed; whether anybody reads on is not asked, for it is for its clients that it serves.
+There is no encryption and no authentication yet: listen on addresses that only
 trusted clients reach.";
 
 /// Serve a memory image, read-only, to any number of clients

@@ -97,6 +97,41 @@ fn rows_model_and_picture() {
     }
 }
 
+/// What a model of few sizes is worth is said, and what is measured is told whatever becomes of the
+/// picture.
+#[test]
+fn few_sizes_and_a_picture_that_cannot_be() {
+    if methods().is_empty() {
+        println!("skipped: needs a way to track writes");
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let small = "bench dirty --bytes 2MiB,4MiB --share 1,50 --rounds 1 --plot";
+    let nowhere = directory.path().join("nowhere/dirty.svg");
+    let output = run(pageferry(words(small)).arg(&nowhere));
+    expect_code(&output, 1);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("--plot") && said.contains("nowhere/dirty.svg"), "{said}");
+    assert!(output.stdout.is_empty(), "nothing was measured for it: {output:?}");
+
+    let picture = directory.path().join("dirty.svg");
+    let output = run(pageferry(words(small)).arg(&picture));
+    expect_code(&output, 0);
+    assert!(picture.exists());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let models = said.matches("1 TiB with 50% written").count();
+    assert!(models > 0, "{said}");
+    assert_eq!(said.matches("its error is not known").count(), models, "{said}");
+
+    // A place that has room for nothing.
+    let full = std::path::Path::new("/dev/full");
+    if full.exists() {
+        let output = run(pageferry(words(small)).arg(full));
+        expect_code(&output, 1);
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 TiB with"), "{output:?}");
+    }
+}
+
 #[test]
 fn every_kind_of_memory() {
     if methods().is_empty() {

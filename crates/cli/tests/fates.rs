@@ -183,6 +183,38 @@ fn a_checkpoint_that_is_killed_while_the_control_group_is_frozen() {
     }
 }
 
+/// Whoever interrupts the wait for a process that does not stop has interrupted it.
+#[test]
+fn ctrl_c_while_a_process_does_not_stop() {
+    if !can_track() {
+        return;
+    }
+    let writer = Writer::start();
+    let Some(group) = Group::of(&writer) else { return };
+    fs::write(group.0.join("cgroup.freeze"), "1").expect("frozen");
+    common::wait_for("it stands still", || group.is_frozen().then_some(()));
+    let folder = tempfile::tempdir().expect("a folder");
+    let to = folder.path().to_str().expect("UTF-8");
+    let never = [
+        "dirty --for 1h --method wp-async".to_owned(),
+        format!("checkpoint --method wp-async --to {to}"),
+    ];
+    for args in &never {
+        // Not interrupted, it says why it cannot be.
+        let output = run(&mut of(&writer, args));
+        expect_code(&output, 1);
+        let mut command = Running::start(&mut of(&writer, args));
+        command.wait_catches(Signal::INT);
+        command.signal(Signal::INT);
+        let output = command.end();
+        expect_code(&output, 130);
+        assert!(text(&output).contains("SIGINT"), "{args}: {}", text(&output));
+    }
+    assert_eq!(images(folder.path()), [""; 0]);
+    fs::write(group.0.join("cgroup.freeze"), "0").expect("thawed");
+    writer.assert_untouched();
+}
+
 /// A control group that has nobody but a writer in it; removed on drop, with the writer.
 struct Group(PathBuf);
 

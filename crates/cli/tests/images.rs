@@ -151,6 +151,79 @@ fn an_image_whose_parent_is_missing() {
     expect_code(&image("verify", &paths[2]), 0);
 }
 
+/// Of several chains in a directory the newest one is meant, and that is said.
+#[test]
+fn a_directory_with_several_chains() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let older = chain(folder.path());
+    let other = folder.path().join("other.pfi");
+    let mut writer =
+        ImageWriter::create(&other, WriterOptions::new(PageSize::SIZE_4K)).expect("begun");
+    writer.write(at(0), &page(9)).expect("said");
+    writer.finish().expect("finished");
+    let whole = folder.path().join("whole");
+    for command in ["verify", "info", "flatten", "diff"] {
+        let mut asked = pageferry(["--json", "image", command]);
+        asked.arg(folder.path());
+        match command {
+            "flatten" => drop(asked.arg(&whole)),
+            "diff" => drop(asked.arg(&other)),
+            _ => {}
+        }
+        let output = run(&mut asked);
+        expect_code(&output, 0);
+        let said = text(&output);
+        assert!(said.contains("2 chains"), "{command}: {said}");
+        let of = |path: &Path| said.find(path.to_str().expect("UTF-8"));
+        assert!(of(&other).is_some() && of(&other) < of(&older[2]), "{command}: {said}");
+        let report = json(&output);
+        match command {
+            "verify" => assert_eq!(report["images"], 1),
+            "info" => assert_eq!(report["path"], other.to_str().expect("UTF-8")),
+            "flatten" => assert_eq!(report["data_bytes"], PAGE),
+            _ => assert_eq!(report["differing_bytes"], 0),
+        }
+    }
+    // With one there is nothing to say.
+    fs::remove_file(&other).expect("removed");
+    let output = image("info", folder.path());
+    expect_code(&output, 0);
+    assert_eq!((text(&output), &json(&output)["ancestors"]), (String::new(), &2.into()));
+    expect_code(&image("info", &folder.path().join("nothing")), 1);
+    // Where the middle is missing, it is named.
+    fs::remove_file(&older[1]).expect("removed");
+    for command in ["verify", "flatten"] {
+        let mut asked = pageferry(["image", command]);
+        asked.arg(folder.path());
+        if command == "flatten" {
+            asked.arg(folder.path().join("again"));
+        }
+        let output = run(&mut asked);
+        expect_code(&output, 1);
+        assert!(text(&output).contains("is missing: 1.pfi"), "{command}: {}", text(&output));
+    }
+    let output = run(pageferry(["image", "ls"]).arg(folder.path()));
+    expect_code(&output, 1);
+    let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(listed.contains("missing: 1.pfi"), "{listed}");
+}
+
+/// Nothing is read for a file that cannot be written.
+#[test]
+fn what_is_there_is_not_replaced() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let paths = chain(folder.path());
+    let there = folder.path().join("there");
+    fs::write(&there, "mine").expect("written");
+    // Reading it would find that out.
+    fs::write(&paths[0], "damaged").expect("written");
+    let output = run(pageferry(["image", "flatten"]).arg(folder.path()).arg(&there));
+    expect_code(&output, 1);
+    let said = text(&output);
+    assert!(said.contains("there is such a file already") && !said.contains("0.pfi"), "{said}");
+    assert_eq!(fs::read(&there).expect("the file"), b"mine");
+}
+
 /// Where in the file each part begins, by the footer.
 fn parts(bytes: &[u8]) -> Vec<(&'static str, usize)> {
     let footer = bytes.len() - 256;

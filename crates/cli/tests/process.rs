@@ -10,7 +10,7 @@ mod writer;
 
 use std::{fs, path::Path};
 
-use chain::{Saying, images, lines, named, of, of_event, verify};
+use chain::{Saying, images, is_stored, lines, named, of, of_event, receiver, verify};
 use common::{Running, expect_code, host::is_root, json, pageferry, run, text, words};
 use nobody::ForNobody;
 use rustix::process::Signal;
@@ -199,6 +199,68 @@ fn a_checkpoint_and_what_can_be_done_with_it() {
     assert!(text(&output).contains("checkpoint-0000.pfi"), "{}", text(&output));
 }
 
+/// What is meant for an address is never written to this disk.
+#[test]
+fn addresses_with_mistakes_in_them_are_no_directories() {
+    let writer = Writer::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let checkpoint = |to: &str| {
+        let mut command = of(&writer, "checkpoint --rounds 0");
+        run(command.args(["--to", to]).current_dir(folder.path()))
+    };
+    for to in ["192.0.2.7:99999", "localhost:http", "::1:7777", "unix:", "host:"] {
+        let output = checkpoint(to);
+        expect_code(&output, 2);
+        let said = text(&output);
+        assert!(said.contains(to) && said.contains("host:port"), "{said}");
+        assert_eq!(fs::read_dir(folder.path()).expect("the folder").count(), 0, "{to}");
+    }
+    if !can_track() {
+        return;
+    }
+    for to in ["./192.0.2.7:99999", "192.0.2.7:99999"] {
+        expect_code(&checkpoint(to), 0);
+    }
+    assert_eq!(images(&folder.path().join("192.0.2.7:99999")).len(), 2);
+}
+
+/// The second is a chain of its own, and the one that is meant.
+#[test]
+fn two_checkpoints_in_one_directory() {
+    if !can_track() {
+        return;
+    }
+    let writer = Writer::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    for _ in 0..2 {
+        let args = "checkpoint --rounds 1 --downtime 0s";
+        expect_code(&run(of(&writer, args).arg("--to").arg(folder.path())), 0);
+    }
+    assert_eq!(images(folder.path()).len(), 4);
+    for command in ["verify", "info"] {
+        let output = run(pageferry(["image", command]).arg(folder.path()));
+        expect_code(&output, 0);
+        let said = text(&output);
+        assert!(said.contains("2 chains") && said.contains("checkpoint-0003.pfi"), "{said}");
+    }
+}
+
+#[test]
+fn a_stop_that_is_not_possible_is_refused_before_anything_is_copied() {
+    if !can_track() {
+        return;
+    }
+    // It is in the group of this process.
+    let writer = Writer::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let to = folder.path().join("chain");
+    let output = run(of(&writer, "checkpoint --stop cgroup --rounds 2").arg("--to").arg(&to));
+    expect_code(&output, 1);
+    assert!(text(&output).contains("cannot be stopped by its control group"), "{output:?}");
+    assert!(!to.exists());
+    writer.assert_untouched();
+}
+
 #[test]
 fn left_stopped() {
     if !can_track() {
@@ -235,18 +297,6 @@ fn on_ctrl_c_it_says_what_is_complete() {
     assert!(images.len() >= 2);
     assert!(text(&output).contains(images.last().expect("an image")), "{}", text(&output));
     verify(folder.path());
-}
-
-/// A receiver, and where it listens.
-fn receiver(options: &str, to: &Path) -> (Saying, String) {
-    let args = format!("--json receive --listen 127.0.0.1:0 {options} --to");
-    let mut receiver = Saying::start(pageferry(words(&args)).arg(to));
-    let address = receiver.next()["address"].as_str().expect("an address").to_owned();
-    (receiver, address)
-}
-
-fn is_stored(line: &Value) -> bool {
-    line["event"] == "stored"
 }
 
 #[test]

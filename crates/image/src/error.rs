@@ -230,18 +230,18 @@ pub enum ImageError {
         /// The directory.
         directory: PathBuf,
     },
-    /// A directory has several images that are nobody's parent, so that none is the last.
+    /// A directory has several images that are nobody's parent: more than one chain.
     #[error(
-        "none of the images in {directory} is the last: neither {first} nor {second} is the \
-         parent of another",
+        "there is more than one chain in {directory}: {first} is the last of one, {second} of \
+         another; name the image",
         directory = directory.display(), first = first.display(), second = second.display()
     )]
     Ambiguous {
         /// The directory.
         directory: PathBuf,
-        /// One of them.
+        /// The last image of one.
         first: PathBuf,
-        /// Another one.
+        /// The last image of the newest.
         second: PathBuf,
     },
     /// A directory cannot be listed.

@@ -30,7 +30,9 @@ mod space;
 mod storage;
 mod write;
 
-pub use chain::{Chain, Difference, EXTENSION, Listed, Missing, ParentState, diff, flatten, list};
+pub use chain::{
+    Chain, Difference, EXTENSION, Listed, Missing, ParentState, diff, flatten, last_images, list,
+};
 pub use content::{Amounts, Content, Extent};
 pub use error::{ImageError, Part, Step};
 pub use format::{

@@ -10,7 +10,7 @@ use std::{
 use common::{at, encode, go_on, identity, options, page};
 use pageferry_image::{
     Chain, Digest, Encoder, Image, ImageError, ImageInfo, ImageWriter, Missing, ParentState, Part,
-    WriterOptions, flatten, list,
+    WriterOptions, flatten, last_images, list,
 };
 use pageferry_memory::PageSize;
 
@@ -254,6 +254,11 @@ fn a_directory_is_listed_in_the_order_of_chains() {
     ImageWriter::create(&branch, options).unwrap().finish().unwrap();
     let error = Chain::open(directory.path()).unwrap_err();
     assert!(matches!(error, ImageError::Ambiguous { .. }), "{error}");
+    let of = |path: &Path| Image::open(path).unwrap().info().created;
+    let last = last_images(directory.path()).unwrap();
+    assert_eq!(last.len(), 2);
+    assert!(of(&last[0]) >= of(&last[1]), "the newest first");
+    assert!(last.contains(&branch) && last.contains(&directory.path().join("2.pfi")));
     assert_eq!(Chain::open(&branch).unwrap().images().len(), 2);
     let with_branch = [&sound[..], &[("branch.pfi", true, ParentState::Present)]].concat();
     assert_eq!(names(list(directory.path()).unwrap()), expected(&with_branch));
@@ -266,6 +271,13 @@ fn a_directory_is_listed_in_the_order_of_chains() {
     let with_broken = [&sound[..], &[("branch.pfi", false, ParentState::Unknown)]].concat();
     assert_eq!(names(list(directory.path()).unwrap()), expected(&with_broken));
     fs::remove_file(&branch).unwrap();
+
+    // The middle is missing: what there is seems to be two chains.
+    let (middle, away) = (directory.path().join("1.pfi"), directory.path().join("away"));
+    fs::rename(&middle, &away).unwrap();
+    let error = Chain::open(directory.path()).unwrap_err();
+    assert!(matches!(&error, ImageError::MissingParent { name, .. } if name == "1.pfi"), "{error}");
+    fs::rename(&away, &middle).unwrap();
 
     fs::remove_file(directory.path().join("z.pfi")).unwrap();
     let orphans = [("1.pfi", true, ParentState::Missing), ("2.pfi", true, ParentState::Present)];

@@ -11,6 +11,7 @@ pub(crate) mod histogram;
 mod median;
 #[allow(unsafe_code)]
 pub(crate) mod memory;
+mod migrate;
 #[allow(unsafe_code)]
 mod reference;
 mod vcpus;
@@ -27,7 +28,8 @@ Examples:
   pageferry bench faults
   pageferry bench faults --threads 8,32 --json
   pageferry bench vcpus --vcpus 1,8
-  pageferry bench dirty --share 1";
+  pageferry bench dirty --share 1
+  pageferry bench migrate --mode post";
 
 /// Measure this host and the engine on it
 #[derive(clap::Args, Debug)]
@@ -42,6 +44,9 @@ enum Benchmark {
     Faults(faults::Args),
     Vcpus(vcpus::Args),
     Dirty(dirty::Args),
+    Migrate(migrate::Args),
+    #[command(hide = true)]
+    MigrateEnd(migrate::end::Args),
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
@@ -49,5 +54,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         Benchmark::Faults(args) => faults::run(args, context),
         Benchmark::Vcpus(args) => vcpus::run(args, context),
         Benchmark::Dirty(args) => dirty::run(args, context),
+        Benchmark::Migrate(args) => migrate::run(args, context),
+        Benchmark::MigrateEnd(args) => migrate::end::run(args),
     }
 }

@@ -5,6 +5,7 @@ mod screen;
 mod view;
 
 use std::{
+    cmp::Reverse,
     io::IsTerminal as _,
     num::NonZeroU32,
     time::{Duration, Instant},
@@ -14,6 +15,7 @@ use anyhow::Context as _;
 use pageferry::{
     dirty::{self, AttachOptions, DirtyError, ProcessTrackError, ProcessTracker},
     process::{self, MappingName, Pid, Process, ProcessError},
+    uffd::HostRange,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -25,7 +27,8 @@ use self::{
 use crate::{
     Context,
     exit::{self, Exit, Failure},
-    output::{Align, Table},
+    output::{self, Align, Table},
+    signals::Signal,
     size,
 };
 
@@ -42,11 +45,12 @@ it. Otherwise a table at the end; with --json a line for each sample.
 Nothing is prepared in the process. Its writes are noticed by write protection with a userfaultfd that
 it is made to open (ptrace, one short stop), or by soft-dirty bits, for which it stands still at each
 sample. When this ends, however it ends, the process goes on as it was. It takes the right to trace it.
-What the kernel or other processes write to shared memory is not seen.";
+What the kernel or other processes write to shared memory is not seen, nor what is written to memory
+that the method cannot track; how much that is, and which mappings, is said.";
 
 /// Show where a running process writes, and how much
 #[derive(clap::Args, Debug)]
-#[command(after_help = exit::help(EXAMPLES))]
+#[command(after_help = exit::help_of_watcher(EXAMPLES))]
 pub(crate) struct Args {
     /// The process
     #[arg(long, value_name = "PID")]
@@ -131,8 +135,26 @@ pub(crate) fn is_untouchable(error: &ProcessTrackError) -> bool {
     )
 }
 
-fn fail(error: ProcessTrackError) -> anyhow::Error {
-    if is_missing(&error) {
+/// The signal that interrupted the wait for a process that does not stop, if that is what failed.
+pub(crate) fn interrupted(error: &ProcessError, context: &Context) -> Option<Signal> {
+    match error {
+        ProcessError::Unstoppable { .. } | ProcessError::Frozen { .. } => context.signals.caught(),
+        _ => None,
+    }
+}
+
+/// The same of what a tracker does.
+pub(crate) fn interrupted_tracking(error: &ProcessTrackError, context: &Context) -> Option<Signal> {
+    match error {
+        ProcessTrackError::Process(error) => interrupted(error, context),
+        _ => None,
+    }
+}
+
+fn fail(error: ProcessTrackError, context: &Context) -> anyhow::Error {
+    if let Some(signal) = interrupted_tracking(&error, context) {
+        Failure::interrupted(signal).into()
+    } else if is_missing(&error) {
         Failure::missing(error.to_string()).into()
     } else if is_untouchable(&error) {
         anyhow::anyhow!(
@@ -147,7 +169,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let process = open(args.pid)?;
     let command = std::fs::read_to_string(format!("/proc/{}/comm", args.pid)).unwrap_or_default();
     let options = AttachOptions { method: args.method.chosen(), ..AttachOptions::default() };
-    let mut tracker = ProcessTracker::attach(process.clone(), &options).map_err(fail)?;
+    let mut tracker =
+        ProcessTracker::attach(process.clone(), &options).map_err(|error| fail(error, context))?;
     let heading = Heading {
         pid: args.pid.get(),
         command: command.trim_end().to_owned(),
@@ -167,6 +190,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let mut next = begun;
     let mut samples = Samples::default();
     let mut last: Option<Sample> = None;
+    // The most that could not be tracked, of what was said.
+    let mut said = 0;
     let why = loop {
         // At fixed times, not an interval after whatever the sample before took.
         next = (next + args.interval).max(Instant::now());
@@ -178,8 +203,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
             Ok(sample) => sample,
             // It may end at any moment: that is not ours to complain about.
             Err(error) if has_ended(&error) => break Why::Ended,
-            Err(error) => return Err(fail(error)),
+            Err(error) if interrupted_tracking(&error, context).is_some() => break Why::Signal,
+            Err(error) => return Err(fail(error, context)),
         };
+        if !live && sample.untracked_bytes > said {
+            said = sample.untracked_bytes;
+            eprintln!("pageferry: {}", untracked(&sample, &heading.method));
+        }
         if json {
             context.output.write_json_line(&sample)?;
         }
@@ -193,17 +223,20 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     };
     drop(screen);
     match tracker.detach() {
-        Err(error) if !has_ended(&error) => return Err(fail(error)),
+        Err(error) if !has_ended(&error) => return Err(fail(error, context)),
         _ => {}
     }
     if !json && let Some(sample) = &last {
         context.output.write_text(&summary(sample))?;
+        if live && sample.untracked_bytes > 0 {
+            eprintln!("pageferry: {}", untracked(sample, &heading.method));
+        }
     }
     match why {
         Why::Ended => eprintln!("process {} has ended", args.pid),
         // Whoever interrupts what has no end of its own has had what they wanted.
         Why::Signal if args.duration.is_some() => context.stop_if_asked()?,
-        Why::Signal | Why::Key | Why::Time => {}
+        Why::Signal | Why::Key | Why::Time | Why::Unread => {}
     }
     Ok(Exit::Success)
 }
@@ -224,6 +257,8 @@ enum Why {
     Ended,
     Signal,
     Key,
+    /// Nobody reads what it says.
+    Unread,
 }
 
 /// Waits until the next sample is due, or there is a reason to end.
@@ -240,6 +275,9 @@ fn wait(
         if !process.is_alive() {
             return Ok(Some(Why::Ended));
         }
+        if output::is_unread()? {
+            return Ok(Some(Why::Unread));
+        }
         if let Some(screen) = &mut screen
             && screen.asked_to_end()?
         {
@@ -253,9 +291,12 @@ fn wait(
             tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),
         };
-        let stdin = std::io::stdin();
-        let mut fds =
-            vec![PollFd::new(&context.signals, PollFlags::IN), PollFd::new(process, PollFlags::IN)];
+        let (stdin, stdout) = (std::io::stdin(), std::io::stdout());
+        let mut fds = vec![
+            PollFd::new(&context.signals, PollFlags::IN),
+            PollFd::new(process, PollFlags::IN),
+            output::unread(&stdout),
+        ];
         if screen.is_some() {
             fds.push(PollFd::new(&stdin, PollFlags::IN));
         }
@@ -284,15 +325,19 @@ fn take(
     // What is there only because it could not be told is not known to have been written.
     let told = without(&harvest.changed, &harvest.wholesale);
     let mappings = harvest.mappings.iter().filter(|mapping| mapping.permissions.write);
-    Ok(samples.add(begun.elapsed(), stopped, mappings.map(described).collect(), &told))
+    let mappings = mappings.map(|mapping| described(mapping, &harvest.untracked)).collect();
+    Ok(samples.add(begun.elapsed(), stopped, mappings, &told))
 }
 
-fn described(mapping: &process::Mapping) -> Mapping {
+/// `untracked` are whole mappings, in ascending order.
+fn described(mapping: &process::Mapping, untracked: &[HostRange]) -> Mapping {
+    let start = mapping.range.start();
     let sharing = if mapping.shared { 's' } else { 'p' };
     Mapping {
         range: mapping.range.start().get()..mapping.range.end().get(),
         permissions: format!("{}{sharing}", mapping.permissions),
         name: name(&mapping.name),
+        tracked: untracked.binary_search_by_key(&start, |range| range.start()).is_err(),
     }
 }
 
@@ -308,10 +353,7 @@ fn name(name: &MappingName) -> String {
 }
 
 /// The parts of `ranges` outside of `others`; both are ascending.
-fn without(
-    ranges: &[pageferry::uffd::HostRange],
-    others: &[pageferry::uffd::HostRange],
-) -> Vec<std::ops::Range<u64>> {
+fn without(ranges: &[HostRange], others: &[HostRange]) -> Vec<std::ops::Range<u64>> {
     let mut left = Vec::new();
     let mut others = others.iter().peekable();
     for range in ranges {
@@ -331,7 +373,18 @@ fn without(
     left
 }
 
-/// All that was written, mapping by mapping, at the end.
+/// What is not seen of the writes of the process.
+fn untracked(sample: &Sample, method: &str) -> String {
+    let count = sample.mappings.iter().filter(|mapping| !mapping.tracked).count();
+    format!(
+        "{} of its memory, in {count} mappings, cannot be tracked with {method}: what is written \
+         there is not seen (another userfaultfd may have it, of another tracker or of its own; or it \
+         is of files that {method} is not for)",
+        size::display(sample.untracked_bytes)
+    )
+}
+
+/// All that was written, mapping by mapping, at the end; behind it what cannot be told.
 fn summary(sample: &Sample) -> String {
     let mut table = Table::new(&[
         ("mapping", Align::Left),
@@ -339,19 +392,32 @@ fn summary(sample: &Sample) -> String {
         ("dirty set", Align::Right),
         ("written in the last interval", Align::Right),
     ]);
-    let mut mappings: Vec<_> =
-        sample.mappings.iter().filter(|mapping| mapping.dirty_set_bytes > 0).collect();
-    mappings.sort_by_key(|mapping| std::cmp::Reverse(mapping.dirty_set_bytes));
+    let mut mappings: Vec<_> = sample
+        .mappings
+        .iter()
+        .filter(|mapping| mapping.dirty_set_bytes > 0 || !mapping.tracked)
+        .collect();
+    mappings.sort_by_key(|mapping| (!mapping.tracked, Reverse(mapping.dirty_set_bytes)));
     for mapping in mappings {
+        let written = mapping.written_pages * crate::bench::case::PAGE as u64;
+        let (set, written) = if mapping.tracked {
+            (size::display(mapping.dirty_set_bytes), size::display(written))
+        } else {
+            ("?".to_owned(), "not tracked".to_owned())
+        };
         table.row(vec![
             format!("{:x} {} {}", mapping.start, mapping.permissions, mapping.name),
             size::display(mapping.end - mapping.start),
-            size::display(mapping.dirty_set_bytes),
-            size::display(mapping.written_pages * crate::bench::case::PAGE as u64),
+            set,
+            written,
         ]);
     }
+    let unknown = match sample.untracked_bytes {
+        0 => String::new(),
+        bytes => format!("; {} not tracked", size::display(bytes)),
+    };
     format!(
-        "{}{} written to in {:.1} s\n",
+        "{}{} written to in {:.1} s{unknown}\n",
         table.render(),
         size::display(sample.dirty_set_bytes),
         sample.t_s
@@ -360,7 +426,7 @@ fn summary(sample: &Sample) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pageferry::uffd::{HostAddress, HostRange};
+    use pageferry::uffd::HostAddress;
 
     use super::*;
 

@@ -24,6 +24,8 @@ pub(super) struct Mapping {
     pub(super) permissions: String,
     /// The file, or `[heap]` and the like; empty for anonymous memory.
     pub(super) name: String,
+    /// Whether the method can tell what is written to it.
+    pub(super) tracked: bool,
 }
 
 /// What one sample says of one mapping.
@@ -33,6 +35,8 @@ pub(super) struct MappingSample {
     pub(super) end: u64,
     pub(super) permissions: String,
     pub(super) name: String,
+    /// Whether what is written to it can be told; if not, the figures are of what could be, before.
+    pub(super) tracked: bool,
     /// In this interval.
     pub(super) written_pages: u64,
     pub(super) bytes_per_s: f64,
@@ -54,6 +58,8 @@ pub(super) struct Sample {
     pub(super) written_pages: u64,
     pub(super) bytes_per_s: f64,
     pub(super) dirty_set_bytes: u64,
+    /// Of mappings of which it cannot be told what is written to them.
+    pub(super) untracked_bytes: u64,
     pub(super) mappings: Vec<MappingSample>,
 }
 
@@ -61,18 +67,41 @@ pub(super) struct Sample {
 #[derive(Debug)]
 struct Kept {
     mapping: Mapping,
-    ever: Vec<u64>,
+    ever: Pages,
     rates: VecDeque<u64>,
 }
 
-impl Kept {
-    fn new(mapping: Mapping) -> Self {
-        let pages = (mapping.range.end - mapping.range.start) / PAGE as u64;
-        Self { mapping, ever: vec![0; pages.div_ceil(64) as usize], rates: VecDeque::new() }
+/// A set of pages of a mapping. It takes room for what is in it, however large the mapping is: some
+/// programs reserve terabytes, of which they use a few pages.
+#[derive(Debug, Default)]
+struct Pages {
+    /// 64 pages each.
+    words: BTreeMap<u64, u64>,
+    count: u64,
+}
+
+impl Pages {
+    fn insert(&mut self, pages: Range<u64>) {
+        let mut at = pages.start;
+        while at < pages.end {
+            let next = (at - at % 64 + 64).min(pages.end);
+            let mask = (u64::MAX >> (64 - (next - at))) << (at % 64);
+            let word = self.words.entry(at / 64).or_default();
+            self.count += u64::from((mask & !*word).count_ones());
+            *word |= mask;
+            at = next;
+        }
     }
 
-    fn dirty_set(&self) -> u64 {
-        self.ever.iter().map(|word| u64::from(word.count_ones())).sum::<u64>() * PAGE as u64
+    /// Forgets all pages from `end` on.
+    fn truncate(&mut self, end: u64) {
+        let mut gone = self.words.split_off(&(end / 64));
+        if let Some(word) = gone.remove(&(end / 64)) {
+            let left = word & !(u64::MAX << (end % 64));
+            self.count -= u64::from((word ^ left).count_ones());
+            self.words.insert(end / 64, left);
+        }
+        self.count -= gone.values().map(|word| u64::from(word.count_ones())).sum::<u64>();
     }
 }
 
@@ -86,7 +115,7 @@ pub(super) struct Samples {
 
 impl Samples {
     /// Adds a sample: the mappings there are, and which pages of them were written since the
-    /// sample before. Runs outside of all mappings are of mappings that are gone.
+    /// sample before, in ascending order. Runs outside of all mappings are of mappings that are gone.
     pub(super) fn add(
         &mut self,
         t: Duration,
@@ -105,20 +134,24 @@ impl Samples {
             written_pages: 0,
             bytes_per_s: 0.0,
             dirty_set_bytes: 0,
+            untracked_bytes: 0,
             mappings: Vec::with_capacity(self.kept.len()),
         };
         for kept in self.kept.values_mut() {
             let (pages, heat) = kept.mark(written);
             let bytes_per_s = rate(pages * PAGE as u64);
             push(&mut kept.rates, bytes_per_s as u64);
-            let dirty_set_bytes = kept.dirty_set();
+            let dirty_set_bytes = kept.ever.count * PAGE as u64;
+            let Mapping { range, permissions, name, tracked } = kept.mapping.clone();
             sample.written_pages += pages;
             sample.dirty_set_bytes += dirty_set_bytes;
+            sample.untracked_bytes += if tracked { 0 } else { range.end - range.start };
             sample.mappings.push(MappingSample {
-                start: kept.mapping.range.start,
-                end: kept.mapping.range.end,
-                permissions: kept.mapping.permissions.clone(),
-                name: kept.mapping.name.clone(),
+                start: range.start,
+                end: range.end,
+                permissions,
+                name,
+                tracked,
                 written_pages: pages,
                 bytes_per_s,
                 dirty_set_bytes,
@@ -145,18 +178,13 @@ impl Samples {
         let mut before = std::mem::take(&mut self.kept);
         for mapping in mappings {
             let start = mapping.range.start;
-            let mut now = Kept::new(mapping);
+            let pages = (mapping.range.end - start) / PAGE as u64;
+            let mut now = Kept { mapping, ever: Pages::default(), rates: VecDeque::new() };
             if let Some(old) = before.remove(&start)
                 && old.mapping.name == now.mapping.name
             {
-                let words = now.ever.len().min(old.ever.len());
-                now.ever[..words].copy_from_slice(&old.ever[..words]);
-                let pages = (now.mapping.range.end - start) / PAGE as u64;
-                if let Some(last) = now.ever.last_mut()
-                    && !pages.is_multiple_of(64)
-                {
-                    *last &= (1 << (pages % 64)) - 1;
-                }
+                now.ever = old.ever;
+                now.ever.truncate(pages);
                 now.rates = old.rates;
             }
             self.kept.insert(start, now);
@@ -165,22 +193,28 @@ impl Samples {
 }
 
 impl Kept {
-    /// Marks what of `written` lies in this mapping; how many pages that are, and where.
+    /// Marks what of `written`, which is ascending, lies in this mapping; how many pages that are,
+    /// and where.
     fn mark(&mut self, written: &[Range<u64>]) -> (u64, Vec<u64>) {
         let (start, end) = (self.mapping.range.start, self.mapping.range.end);
         let pages = (end - start) / PAGE as u64;
-        let mut heat = vec![0; CELLS.min(pages as usize)];
-        let cells = heat.len() as u64;
+        let cells = (CELLS as u64).min(pages);
+        let mut heat = vec![0; cells as usize];
+        // The first page of a cell, or of the one behind the last.
+        let first =
+            |cell: u64| (u128::from(cell) * u128::from(pages)).div_ceil(u128::from(cells)) as u64;
         let mut count = 0;
-        for run in written {
-            let (from, to) = (run.start.max(start), run.end.min(end));
-            if from >= to {
-                continue;
-            }
-            for page in (from - start) / PAGE as u64..(to - start) / PAGE as u64 {
-                self.ever[(page / 64) as usize] |= 1 << (page % 64);
-                heat[(u128::from(page) * u128::from(cells) / u128::from(pages)) as usize] += 1;
-                count += 1;
+        let before = written.partition_point(|run| run.end <= start);
+        for run in written[before..].iter().take_while(|run| run.start < end) {
+            let page = |address: u64| (address.clamp(start, end) - start) / PAGE as u64;
+            let (mut at, to) = (page(run.start), page(run.end));
+            self.ever.insert(at..to);
+            count += to - at;
+            while at < to {
+                let cell = u128::from(at) * u128::from(cells) / u128::from(pages);
+                let next = first(cell as u64 + 1).min(to);
+                heat[cell as usize] += next - at;
+                at = next;
             }
         }
         (count, heat)
@@ -205,6 +239,7 @@ mod tests {
             range: start * P..(start + pages) * P,
             permissions: "rw-p".into(),
             name: name.into(),
+            tracked: true,
         }
     }
 
@@ -243,6 +278,54 @@ mod tests {
         let other = samples.add(t(4), zero, vec![mapping(0, 10, "a file")], &[]);
         assert_eq!(other.dirty_set_bytes, 0, "another mapping in the same place has no past");
         assert_eq!(samples.add(t(5), zero, vec![], &[]).mappings, []);
+    }
+
+    /// What is kept is as large as what was written, not as what is mapped.
+    #[test]
+    fn mappings_of_which_little_is_used() {
+        const HUGE: u64 = 1 << 34;
+        let mut samples = Samples::default();
+        let written = |turn: u64| [1 + turn, HUGE / 2, HUGE - 1].map(|page| pages(page, page + 1));
+        for turn in 0..3 {
+            let t = Duration::from_secs(turn + 1);
+            let sample = samples.add(t, Duration::ZERO, vec![mapping(0, HUGE, "")], &written(turn));
+            assert_eq!(sample.dirty_set_bytes, (3 + turn) * P);
+            let heat = &sample.mappings[0].heat;
+            assert_eq!((heat[0], heat[CELLS / 2], heat[CELLS - 1]), (1, 1, 1));
+            assert_eq!(heat.iter().sum::<u64>(), 3);
+        }
+        assert!(samples.kept[&0].ever.words.len() <= 5);
+        let all = [pages(0, 1 << 20)];
+        let sample =
+            samples.add(Duration::from_secs(9), Duration::ZERO, vec![mapping(0, HUGE, "")], &all);
+        assert_eq!(sample.dirty_set_bytes, ((1 << 20) + 2) * P);
+        assert_eq!(sample.mappings[0].heat[..2], [1 << 20, 0]);
+    }
+
+    /// Every page is in the cell that it would be in by itself.
+    #[test]
+    fn runs_and_pages_make_the_same_heat() {
+        for size in [1, 7, 31, 32, 33, 100, 1000] {
+            let heat = |written: &[Range<u64>]| {
+                let t = Duration::from_secs(1);
+                let mut samples = Samples::default();
+                let mut sample = samples.add(t, t, vec![mapping(5, size, "")], written);
+                (sample.mappings.remove(0).heat, samples.kept[&(5 * P)].ever.count)
+            };
+            let single: Vec<_> = (5..5 + size).map(|page| pages(page, page + 1)).collect();
+            assert_eq!(heat(&[pages(0, 2000)]), heat(&single), "{size}");
+            assert_eq!(heat(&[pages(3, 6), pages(6, 2000)]), heat(&single), "{size}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_counted() {
+        let mut samples = Samples::default();
+        let untracked = Mapping { tracked: false, ..mapping(100, 3, "") };
+        let all = vec![mapping(0, 10, ""), untracked];
+        let sample = samples.add(Duration::from_secs(1), Duration::ZERO, all, &[pages(0, 1)]);
+        assert_eq!((sample.untracked_bytes, sample.dirty_set_bytes), (3 * P, P));
+        assert_eq!([0, 1].map(|index| sample.mappings[index].tracked), [true, false]);
     }
 
     #[test]

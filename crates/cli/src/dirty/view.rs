@@ -34,18 +34,23 @@ pub(super) fn draw(frame: &mut Frame<'_>, heading: &Heading, samples: &Samples, 
     ])
     .split(frame.area());
     let Heading { pid, command, method, why } = heading;
+    let untracked = match sample.untracked_bytes {
+        0 => String::new(),
+        bytes => format!(", {} not tracked", size::display(bytes)),
+    };
     let total = format!(
-        "{}/s written, dirty set {}, stopped {:.2} ms for this sample",
+        "{}/s written, dirty set {}{untracked}, stopped {:.2} ms for this sample",
         size::display(sample.bytes_per_s as u64),
         size::display(sample.dirty_set_bytes),
         sample.stopped_ms
     );
+    let why = shortened(&format!("{method}: {why}"), frame.area().width);
     let head = vec![
         Line::from(vec![
             format!("{command} ({pid})").bold(),
             format!("  {:.0} s", sample.t_s).into(),
         ]),
-        Line::from(format!("{method}: {why}").dim()),
+        Line::from(why.dim()),
         Line::from(total),
     ];
     frame.render_widget(Paragraph::new(head), areas[0]);
@@ -57,21 +62,31 @@ pub(super) fn draw(frame: &mut Frame<'_>, heading: &Heading, samples: &Samples, 
     let mut mappings: Vec<&MappingSample> = sample.mappings.iter().collect();
     mappings.sort_by(|a, b| {
         let written = |m: &MappingSample| (m.written_pages, m.dirty_set_bytes);
-        written(b).cmp(&written(a)).then(a.start.cmp(&b.start))
+        let size = |m: &MappingSample| m.end - m.start;
+        // Above what is not written: what may be.
+        let rank =
+            |m: &MappingSample| (written(m), !m.tracked, if m.tracked { 0 } else { size(m) });
+        rank(b).cmp(&rank(a)).then(a.start.cmp(&b.start))
     });
     // Where there is little room, which mapping it is counts for more.
     let wide = frame.area().width >= WIDE;
     let rows = mappings.iter().map(|mapping| {
-        let mut cells = vec![
-            Cell::from(name(mapping)),
-            Cell::from(size::display(mapping.end - mapping.start)),
-            Cell::from(format!("{}/s", size::display(mapping.bytes_per_s as u64))),
-            Cell::from(size::display(mapping.dirty_set_bytes)),
-        ];
+        let mut cells =
+            vec![Cell::from(name(mapping)), Cell::from(size::display(mapping.end - mapping.start))];
+        cells.extend(if mapping.tracked {
+            [
+                Cell::from(format!("{}/s", size::display(mapping.bytes_per_s as u64))),
+                Cell::from(size::display(mapping.dirty_set_bytes)),
+            ]
+        } else {
+            [Cell::from("not tracked".red()), Cell::from("?")]
+        });
         if wide {
             cells.push(Cell::from(spark(&samples.rates(mapping.start))));
         }
-        cells.push(Cell::from(heat(mapping, if wide { 1 } else { 2 })));
+        if mapping.tracked {
+            cells.push(Cell::from(heat(mapping, if wide { 1 } else { 2 })));
+        }
         Row::new(cells)
     });
     let (widths, titles): (&[u16], &[&str]) = if wide {
@@ -84,6 +99,18 @@ pub(super) fn draw(frame: &mut Frame<'_>, heading: &Heading, samples: &Samples, 
     let header = Row::new(titles.iter().copied()).bold();
     frame.render_widget(Table::new(rows, widths).header(header), areas[2]);
     frame.render_widget(Paragraph::new("q or Ctrl-C: end".dim()), areas[3]);
+}
+
+/// As much of a text as there is room for, with a sign that it goes on.
+fn shortened(text: &str, width: u16) -> String {
+    let width = usize::from(width);
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    let kept: String = text.chars().take(width.saturating_sub(1)).collect();
+    // Not in the middle of a word, unless it is all there is.
+    let kept = kept.rsplit_once(' ').map_or(kept.as_str(), |(whole, _)| whole);
+    format!("{}…", kept.trim_end_matches([' ', ',', ';', ':', '(']))
 }
 
 fn name(mapping: &MappingSample) -> String {
@@ -141,20 +168,26 @@ mod tests {
             range: start << 12..(start + pages) << 12,
             permissions: "rw-p".into(),
             name: name.into(),
+            tracked: name != "[taken]",
         };
         let mut samples = Samples::default();
         let all = || {
-            vec![mapping(16, 32, "[heap]"), mapping(64, 64, ""), mapping(256, 32, "/lib/libx.so")]
+            vec![
+                mapping(16, 32, "[heap]"),
+                mapping(64, 64, ""),
+                mapping(256, 32, "/lib/libx.so"),
+                mapping(512, 32, "[taken]"),
+            ]
         };
         let first = 16 << 12..18 << 12;
         samples.add(Duration::from_secs(1), Duration::ZERO, all(), std::slice::from_ref(&first));
-        let written = [64 << 12..96 << 12, 16 << 12..17 << 12];
+        let written = [16 << 12..17 << 12, 64 << 12..96 << 12];
         let sample = samples.add(Duration::from_secs(2), Duration::from_millis(3), all(), &written);
         let heading = Heading {
             pid: 42,
             command: "worker".into(),
             method: "wp-async".into(),
-            why: "because".into(),
+            why: format!("because {}of this", "it is so, and ".repeat(9)),
         };
         let mut terminal = Terminal::new(TestBackend::new(120, 14)).unwrap();
         terminal.draw(|frame| draw(frame, &heading, &samples, &sample)).unwrap();
@@ -167,9 +200,24 @@ mod tests {
         assert!(line("132 KiB/s written") < line("40000 rw-p"));
         assert!(line("40000 rw-p") < line("[heap]"));
         assert!(line("[heap]") < line("libx.so"));
+        assert!(line("[heap]") < line("[taken]") && line("[taken]") < line("libx.so"));
+        let taken = screen.lines().nth(line("[taken]")).unwrap();
+        assert!(taken.contains("not tracked") && !taken.contains('·'), "{screen}");
+        assert!(line("dirty set 136 KiB, 128 KiB not tracked, stopped") < line("[taken]"));
+        let why = screen.lines().nth(line("wp-async: because")).unwrap();
+        assert!(why.trim_end_matches([' ', '"']).ends_with('…'), "{screen}");
         let anonymous = screen.lines().nth(line("40000 rw-p")).unwrap();
         assert!(anonymous.contains(&format!("{}{}", "█".repeat(16), "·".repeat(16))), "{screen}");
         assert!(line("q or Ctrl-C") > line("libx.so"));
+    }
+
+    #[test]
+    fn what_is_too_long_says_so() {
+        assert_eq!(shortened("wp-async: it is fast", 20), "wp-async: it is fast");
+        assert_eq!(shortened("wp-async: it is fast", 19), "wp-async: it is…");
+        assert_eq!(shortened("wp-async: it is fast", 11), "wp-async…");
+        assert_eq!(shortened("wp-async: it is fast", 5), "wp-a…");
+        assert_eq!(shortened("wp-async", 0), "…");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::{ops::ControlFlow, path::PathBuf};
 use pageferry::image::{self, Chain};
 use serde::Serialize;
 
+use super::meant;
 use crate::{
     Context,
     exit::{self, Exit},
@@ -18,13 +19,15 @@ Examples:
   pageferry image diff before/ after/ --json
 
 Compares memory, each image with all it is based on, not files: the same memory in other blocks, or
-in fewer images, does not differ. The exit code is 0 whether they differ or not.";
+in fewer images, does not differ. What is stored is compared by the digests that the images have of
+it, and mostly not read: whether it is what they say, `image verify` finds out. The exit code is 0
+whether they differ or not.";
 
 /// Which memory differs between two images
 #[derive(clap::Args, Debug)]
 #[command(after_help = exit::help(EXAMPLES))]
 pub(super) struct Args {
-    /// The first image, or a directory with one chain
+    /// The first image, or a directory: the newest chain in it
     before: PathBuf,
     /// The second
     after: PathBuf,
@@ -39,7 +42,8 @@ struct Row {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    let (before, after) = (Chain::open(&args.before)?, Chain::open(&args.after)?);
+    let (before, after) = (meant(&args.before)?, meant(&args.after)?);
+    let (before, after) = (Chain::open(before)?, Chain::open(after)?);
     let mut rows: Vec<Row> = Vec::new();
     image::diff(&before, &after, &mut |difference| {
         rows.push(Row {

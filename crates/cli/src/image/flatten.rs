@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use pageferry::image::{self, Chain, ImageWriter, WriterOptions};
 
-use super::{Described, Watch};
+use super::{Described, Watch, meant};
 use crate::{
     Context,
     exit::{self, Exit},
@@ -22,14 +23,18 @@ The new image appears when it is complete, and is never put in the place of anot
 #[derive(clap::Args, Debug)]
 #[command(after_help = exit::help(EXAMPLES))]
 pub(super) struct Args {
-    /// The image, or a directory with one chain
+    /// The image, or a directory: the newest chain in it
     image: PathBuf,
     /// Where to write the new one
     to: PathBuf,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    let chain = Chain::open(&args.image)?;
+    // Before all the work; that nobody has come first is seen to in the end.
+    if args.to.symlink_metadata().is_ok() {
+        bail!("{}: there is such a file already, and it is not replaced", args.to.display());
+    }
+    let chain = Chain::open(meant(&args.image)?)?;
     let mut writer = ImageWriter::create(&args.to, WriterOptions::new(chain.block_size()))?;
     let watch = Watch::new(context)?;
     let result = image::flatten(&chain, &mut writer, &mut |progress| watch.see(progress));

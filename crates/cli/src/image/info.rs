@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use pageferry::image::{Image, ImageMapping, MappingFlags};
 use serde::Serialize;
 
-use super::{Described, time};
+use super::{Described, meant, time};
 use crate::{
     Context,
     exit::{self, Exit},
@@ -24,7 +24,7 @@ Reads no contents: what it says of them is what the image says of itself. `image
 #[derive(clap::Args, Debug)]
 #[command(after_help = exit::help(EXAMPLES))]
 pub(super) struct Args {
-    /// The image
+    /// The image, or a directory: the newest image of the newest chain in it
     image: PathBuf,
 }
 
@@ -79,7 +79,8 @@ impl MappingRow {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    let image = Image::open(&args.image)?;
+    let path = meant(&args.image)?;
+    let image = Image::open(&path)?;
     let info = image.info();
     let metadata: Vec<(String, String)> = image
         .metadata()?
@@ -88,7 +89,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let mappings: Vec<MappingRow> = image.mappings()?.iter().map(MappingRow::of).collect();
     if context.output.json() {
         context.output.write_json(&Report {
-            path: args.image.display().to_string(),
+            path: path.display().to_string(),
             image: Described::of(&info),
             metadata: metadata.into_iter().map(|(key, value)| (key, value.into())).collect(),
             mappings,
@@ -99,7 +100,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let mut line = |what: &str, value: String| {
         writeln!(text, "{what:<10}{value}").context("formatting the report")
     };
-    line("image", args.image.display().to_string())?;
+    line("image", path.display().to_string())?;
     line("id", info.id.to_string())?;
     line(
         "parent",

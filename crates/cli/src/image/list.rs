@@ -81,6 +81,9 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
                 (Ok(ImageInfo { parent: Some(link), .. }), ParentState::Present) => {
                     short(&link.id().to_string())
                 }
+                (Ok(ImageInfo { parent: Some(link), .. }), other) => {
+                    format!("{}: {}", state(other), link.name())
+                }
                 (_, other) => state(other).to_owned(),
             };
             table.row(match &listed.info {

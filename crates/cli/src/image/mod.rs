@@ -6,8 +6,14 @@ mod info;
 mod list;
 mod verify;
 
-use std::{io::IsTerminal as _, ops::ControlFlow, time::SystemTime};
+use std::{
+    io::IsTerminal as _,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
+use anyhow::Context as _;
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use pageferry::image::{self, ImageInfo};
@@ -27,7 +33,7 @@ Examples:
   pageferry image flatten checkpoints/ whole.pfi
 
 Where an image is asked for, a directory means the chain in it: its newest image and all that one is
-based on. The format is in crates/image/docs/design.md.";
+based on. If there are several chains, it means the newest one, and that is said. The format is in crates/image/docs/design.md.";
 
 /// Look into memory images, compare them, check them, put chains together
 #[derive(clap::Args, Debug)]
@@ -54,6 +60,27 @@ pub(crate) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
         Command::Diff(args) => diff::run(args, context),
         Command::Flatten(args) => flatten::run(args, context),
     }
+}
+
+/// The image that is meant: of a directory the last one of its newest chain.
+fn meant(path: &Path) -> anyhow::Result<PathBuf> {
+    if !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let last = image::last_images(path)?;
+    let (newest, others) = last.split_first().context("a chain has a last image")?;
+    if !others.is_empty() {
+        let others: Vec<_> = others.iter().map(|path| path.display().to_string()).collect();
+        eprintln!(
+            "pageferry: there are {} chains in {}: this is of the newest, whose last image is {} (of \
+             the others: {})",
+            last.len(),
+            path.display(),
+            newest.display(),
+            others.join(", ")
+        );
+    }
+    Ok(newest.clone())
 }
 
 /// An image, as `--json` has it.

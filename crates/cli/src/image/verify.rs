@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use pageferry::image::{Chain, Verified};
 use serde::Serialize;
 
-use super::Watch;
+use super::{Watch, meant};
 use crate::{
     Context,
     exit::{self, Exit},
@@ -26,7 +26,7 @@ it, is listed.";
 #[derive(clap::Args, Debug)]
 #[command(after_help = exit::help(EXAMPLES))]
 pub(super) struct Args {
-    /// The image, or a directory with one chain
+    /// The image, or a directory: the newest chain in it
     image: PathBuf,
 }
 
@@ -56,7 +56,7 @@ struct Range {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
-    let chain = Chain::open(&args.image)?;
+    let chain = Chain::open(meant(&args.image)?)?;
     let watch = Watch::new(context)?;
     let result = chain.verify(&mut |progress| watch.see(progress));
     let verified = watch.end(result)?;

@@ -60,12 +60,29 @@ impl Saying {
         while !meant(&self.next()) {}
     }
 
+    /// It, with nobody who reads what it says any more.
+    pub(crate) fn unread(self) -> Running {
+        self.running
+    }
+
     /// What became of it, but for what it says on standard output.
     pub(crate) fn end(mut self) -> Output {
         // Read on, or it waits for somebody who does.
         std::thread::spawn(move || std::io::copy(&mut self.out, &mut std::io::sink()));
         self.running.end()
     }
+}
+
+/// A receiver, and where it listens.
+pub(crate) fn receiver(options: &str, to: &Path) -> (Saying, String) {
+    let args = format!("--json receive --listen 127.0.0.1:0 {options} --to");
+    let mut receiver = Saying::start(pageferry(words(&args)).arg(to));
+    let address = receiver.next()["address"].as_str().expect("an address").to_owned();
+    (receiver, address)
+}
+
+pub(crate) fn is_stored(line: &Value) -> bool {
+    line["event"] == "stored"
 }
 
 pub(crate) fn images(directory: &Path) -> Vec<String> {

@@ -167,17 +167,19 @@ impl Writer {
         (fields.chars().next().expect("a state"), time.expect("its time"))
     }
 
+    /// Whether a userfaultfd has any of its memory.
+    pub(crate) fn is_registered(&self) -> bool {
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid())).expect("it");
+        let mut flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+        flags.any(|flags| flags.split(' ').any(|flag| matches!(flag, "uw" | "um")))
+    }
+
     /// It goes on writing, and nothing tracks it any more.
     #[track_caller]
     pub(crate) fn assert_untouched(&self) {
         let (_, before) = self.stat();
         wait_for("the writer gets on", || (self.stat().1 > before).then_some(()));
-        wait_for("its memory is not registered", || {
-            let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid())).ok()?;
-            let flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
-            let registered = |flags: &str| flags.split(' ').any(|f| matches!(f, "uw" | "um"));
-            (!flags.into_iter().any(registered)).then_some(())
-        });
+        wait_for("its memory is not registered", || (!self.is_registered()).then_some(()));
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it");
         assert!(status.contains("TracerPid:\t0"), "{status}");
     }
@@ -191,23 +193,31 @@ impl Drop for Writer {
     }
 }
 
-/// Whether processes can be tracked here.
-pub(crate) fn can_track() -> bool {
+/// Whether something works here, by the doctor.
+pub(crate) fn works(id: &str) -> bool {
     let report = super::common::json(&super::common::run(&mut super::common::pageferry([
         "--json", "doctor",
     ])));
-    let works = |id: &str| {
-        report["findings"]
-            .as_array()
-            .expect("findings")
-            .iter()
-            .any(|finding| finding["id"] == id && finding["status"] == "works")
-    };
+    let findings = report["findings"].as_array().expect("findings");
+    findings.iter().any(|finding| finding["id"] == id && finding["status"] == "works")
+}
+
+/// Whether processes can be tracked here.
+pub(crate) fn can_track() -> bool {
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
     let may_trace = is_root() || scope.trim().is_empty() || scope.trim() == "0";
-    let can = may_trace && (works("wp.async") || works("wp.anonymous") || works("soft-dirty"));
+    let can = may_trace && ["wp.async", "wp.anonymous", "soft-dirty"].into_iter().any(works);
     if !can {
         println!("skipped: needs the right to trace a process, and a way to track its writes");
+    }
+    can
+}
+
+/// Whether they can with the method that most tests of one method are of.
+pub(crate) fn can_track_asynchronously() -> bool {
+    let can = can_track() && works("wp.async");
+    if !can {
+        println!("skipped: needs asynchronous write protection");
     }
     can
 }

@@ -121,8 +121,16 @@ pub(super) fn paths(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
     Ok(paths)
 }
 
-/// The image that is nobody's parent.
-pub(super) fn last(directory: &Path) -> Result<PathBuf, ImageError> {
+/// The last images of the chains in a directory: those that are nobody's parent, the newest first.
+///
+/// With more than one, several chains lie there, or some have a common beginning; or the image
+/// that joined two pieces is missing, which opening the newer piece finds out.
+///
+/// # Errors
+/// [`ImageError::List`], [`ImageError::NoImages`]; and if any image there cannot be opened, what is
+/// wrong with it, because it could have been a last one.
+pub fn last_images(directory: impl AsRef<Path>) -> Result<Vec<PathBuf>, ImageError> {
+    let directory = directory.as_ref();
     let mut images = Vec::new();
     for listed in list(directory)? {
         images.push((listed.path, listed.info?));
@@ -130,13 +138,29 @@ pub(super) fn last(directory: &Path) -> Result<PathBuf, ImageError> {
     let parents: HashSet<ImageId> =
         images.iter().filter_map(|(_, info)| Some(info.parent.as_ref()?.id)).collect();
     let any = images.first().map(|(path, _)| path.clone());
-    let mut last = images.into_iter().filter(|(_, info)| !parents.contains(&info.id));
-    match (last.next(), last.next()) {
-        (Some((path, _)), None) => Ok(path),
-        (Some((first, _)), Some((second, _))) => {
-            Err(ImageError::Ambiguous { directory: directory.to_owned(), first, second })
-        }
+    images.retain(|(_, info)| !parents.contains(&info.id));
+    // Of the same moment, the one that is listed last.
+    images.reverse();
+    images.sort_by_key(|(_, info)| std::cmp::Reverse(info.created));
+    match (images.is_empty(), any) {
+        (true, None) => Err(ImageError::NoImages { directory: directory.to_owned() }),
         // Every one is some other's parent: whichever is opened, that is found out.
-        (None, _) => any.ok_or(ImageError::NoImages { directory: directory.to_owned() }),
+        (true, Some(any)) => Ok(vec![any]),
+        (false, _) => Ok(images.into_iter().map(|(path, _)| path).collect()),
+    }
+}
+
+/// The last image of the only chain.
+pub(super) fn last(directory: &Path) -> Result<PathBuf, ImageError> {
+    let mut last = last_images(directory)?.into_iter();
+    match (last.next(), last.next()) {
+        (Some(only), None) => Ok(only),
+        (Some(newest), Some(other)) => {
+            // If a piece is missing, that is what is wrong.
+            super::link::open(&newest)?;
+            let directory = directory.to_owned();
+            Err(ImageError::Ambiguous { directory, first: other, second: newest })
+        }
+        (None, _) => Err(ImageError::NoImages { directory: directory.to_owned() }),
     }
 }

@@ -9,7 +9,7 @@ use std::{ops::ControlFlow, path::Path};
 
 pub use diff::{Difference, diff};
 pub use flatten::flatten;
-pub use list::{EXTENSION, Listed, ParentState, list};
+pub use list::{EXTENSION, Listed, ParentState, last_images, list};
 use pageferry_memory::{ImageOffset, PageSize};
 
 use crate::{
@@ -54,7 +54,8 @@ impl Chain {
     pub const MOST_IMAGES: usize = 512;
 
     /// Opens the image at `path` and all its ancestors, which lie in the same directory. A path
-    /// of a directory means the last image in it: the one that is nobody's parent.
+    /// of a directory means the last image in it: the one that is nobody's parent. There must be
+    /// one chain only; of several, [`last_images`] tells the last images.
     ///
     /// A parent is looked for under the name it had when its child was made, and if that is not
     /// it, among all images (`*.pfi`) of the directory.

@@ -129,6 +129,31 @@ fn an_embedders_mapping_is_left_to_it() {
 }
 
 #[test]
+fn many_parts_are_advised_and_nothing_else() {
+    // More than the kernel takes at once, and a last batch of one.
+    let pages = 2 * 2049;
+    let mapping = Mapping::anonymous(pages * 4096).unwrap();
+    for page in 0..pages {
+        mapping.write_at(page * 4096, &[1]).unwrap();
+    }
+    let page = |page: u64| mapping.range().skip(page * 4096).take(4096);
+    let odd: Vec<_> = (0..pages / 2).map(|index| page(2 * index + 1)).collect();
+    mapping.advise_all(&odd, Advice::DontNeed).unwrap();
+    for page in 0..pages {
+        let mut byte = [7];
+        mapping.read_at(page * 4096, &mut byte).unwrap();
+        assert_eq!(u64::from(byte[0]), (page + 1) % 2, "page {page}");
+    }
+    let outside = HostRange::new(mapping.range().end(), 4096);
+    let error = mapping.advise_all(&[page(0), outside], Advice::DontNeed).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    let mut byte = [7];
+    mapping.read_at(0, &mut byte).unwrap();
+    assert_eq!(byte, [1], "nothing was told");
+    mapping.advise_all(&[], Advice::DontNeed).unwrap();
+}
+
+#[test]
 fn advice_takes_effect_and_is_bounds_checked() {
     let mapping = Mapping::anonymous(64 << 10).unwrap();
     let range = mapping.range();

@@ -42,7 +42,8 @@ Contenders of a case run one after another, in an order that turns from round to
 round warms up and is not counted. Every figure is the median over the rounds. `write us` is what a
 first write takes beyond the same write untracked; a cycle is those writes and the harvest. `raw`
 is the smallest loop around the same system calls, with the same method. The model is fitted to the
-sizes without the second largest and the largest, and its error is that on those two.
+sizes without the second largest and the largest, and its error is that on those two; of three sizes
+or fewer to all of them, and then its error is not known.
 
 With kvm-log and kvm-ring the memory (60GiB at most) is a guest's, of one vCPU, which writes the pages;
 it is a machine of its own for each run, and has touched all of its memory before. A ring has 1MiB at
@@ -160,6 +161,9 @@ impl Series {
 pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     let largest = args.bytes.iter().copied().max().unwrap_or(0);
     let methods = methods(args, largest)?;
+    if let Some(path) = &args.plot {
+        plot::try_path(path)?;
+    }
     // Its page tables, and what the trackers keep, are a hundredth of it.
     room::check(largest + largest / 50, "the memory of the largest case")?;
     let mut sizes = args.bytes.clone();
@@ -185,10 +189,11 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<Exit> {
     }
     progress.finish_and_clear();
     report.fit();
+    // First what cannot be had again.
+    report.write(context.output)?;
     if let Some(path) = &args.plot {
         plot::draw(&report, path).with_context(|| format!("drawing {}", path.display()))?;
     }
-    report.write(context.output)?;
     Ok(Exit::Success)
 }
 

@@ -1,7 +1,11 @@
 //! The result of `bench dirty` as a picture.
 
-use std::path::Path;
+use std::{
+    fs::{self, File, OpenOptions},
+    path::Path,
+};
 
+use anyhow::Context as _;
 use plotters::prelude::*;
 
 use super::{
@@ -17,6 +21,17 @@ fn colour(method: Method) -> RGBColor {
         Method::KvmLog => RGBColor(0x2c, 0x8c, 0x3c),
         Method::KvmRing => RGBColor(0xb8, 0x2c, 0x5a),
     }
+}
+
+/// Finds out whether there can be a picture, before all is measured. Leaves everything as it was.
+pub(super) fn try_path(path: &Path) -> anyhow::Result<()> {
+    let failed = || format!("--plot: opening {}", path.display());
+    if path.exists() {
+        OpenOptions::new().write(true).open(path).with_context(failed)?;
+    } else {
+        File::create_new(path).and_then(|_| fs::remove_file(path)).with_context(failed)?;
+    }
+    Ok(())
 }
 
 /// One diagram for each share written: milliseconds of a cycle over the size of the memory, for

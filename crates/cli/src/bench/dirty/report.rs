@@ -260,6 +260,11 @@ impl Fitted {
                 percent(error.arm_median),
                 percent(error.arm_max),
             );
+        } else {
+            let _ = writeln!(
+                text,
+                "  its error is not known: it is fitted to all sizes, which are fewer than four"
+            );
         }
         for Terabyte { dirty_share, arm_ms, cycle_ms } in &self.terabyte {
             let _ = writeln!(

@@ -207,6 +207,9 @@ impl Place {
             }
             let region = self.memory.region(index);
             let (view, page) = (region.guest_view(), region.page_size().bytes() / UNIT);
+            // Many parts, and the guest stands still for them: anonymous memory is told of all at
+            // once.
+            let mut together = Vec::new();
             for run in common(missing.iter().copied(), self.touched.runs(index, true)) {
                 stale += run.count;
                 let units = Units::new(index, run).widened(page);
@@ -214,7 +217,10 @@ impl Place {
                 let range = view.range().skip(offset).take(length);
                 let discarded = match (region.file(), region.backing()) {
                     (Some(file), _) => file.punch_hole(offset, length),
-                    (None, Backing::Anonymous) => view.advise(range, Advice::DontNeed),
+                    (None, Backing::Anonymous) => {
+                        together.push(range);
+                        Ok(())
+                    }
                     // Shared memory, or else private.
                     (None, _) => view
                         .advise(range, Advice::Remove)
@@ -222,6 +228,8 @@ impl Place {
                 };
                 discarded.map_err(MigrateError::Discard)?;
             }
+            let discarded = view.advise_all(&together, Advice::DontNeed);
+            discarded.map_err(MigrateError::Discard)?;
         }
         Ok(stale)
     }

@@ -189,6 +189,12 @@ impl Driver {
         Link::start(&self.shared, control, lanes, (self.link, self.teller.clone()))
     }
 
+    /// The connections that are listened to next have said this already.
+    pub(super) fn heard_before(&self, event: SourceEvent) {
+        // The driver itself is the one who listens.
+        let _ = self.teller.send(Told(self.link + 1, Note::Heard(event)));
+    }
+
     /// The guest stays: it goes on as if nothing had been, and then the destination is told.
     fn call_off(
         &mut self,

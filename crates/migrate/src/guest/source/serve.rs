@@ -180,23 +180,24 @@ impl Driver {
         let lanes = Lanes::open(&shared, via, lanes)?;
         self.say(&control.wire, &Frame::Resume(belief))?;
         control.reader.set_deadline(Some(shared.options.idle_timeout));
-        // Until all is said of what it has: then comes what it does with it.
-        loop {
+        // Until all is said of what it has, and what it does with it: what it asks for on other
+        // connections may overtake that, and must not be heard before.
+        let does = loop {
             let frame = control.reader.next(&mut |_| Ok(()))?;
-            let last = matches!(frame, Frame::HaveEnd { .. });
             let event = lock(&shared.session).receive(&frame)?;
             match event {
                 SourceEvent::Dropped => return Err(MigrateError::DroppedThere),
                 SourceEvent::Left => return Err(MigrateError::Left),
-                _ if last => break,
+                SourceEvent::Ready | SourceEvent::Running => break event,
                 _ => {
                     if let Frame::Ping { nonce } = frame {
                         self.say(&control.wire, &Frame::Pong { nonce })?;
                     }
                 }
             }
-        }
+        };
         control.reader.set_deadline(None);
+        self.heard_before(does);
         self.listen_to(control, lanes)
     }
 

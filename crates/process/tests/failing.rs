@@ -416,8 +416,12 @@ fn a_thread_that_does_not_stop_is_named() {
     let process = target.process();
     let in_kernel = || {
         process.threads().unwrap().into_iter().find(|thread| {
-            let path = format!("/proc/{}/task/{thread}/stat", target.pid());
-            std::fs::read_to_string(path).is_ok_and(|stat| stat.contains(") D "))
+            let read = |file| {
+                let path = format!("/proc/{}/task/{thread}/{file}", target.pid());
+                std::fs::read_to_string(path).unwrap_or_default()
+            };
+            // Others may wait there for a moment, too, but they have no child.
+            read("stat").contains(") D ") && !read("children").is_empty()
         })
     };
     wait_for("a thread in the kernel", || in_kernel().is_some());

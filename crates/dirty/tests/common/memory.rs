@@ -47,11 +47,16 @@ pub(crate) struct Memory {
 impl Memory {
     /// `None`, having said so, when the host has too few huge pages.
     pub(crate) fn new(kind: Kind, pages: u64) -> Option<Self> {
-        let len = pages * kind.page().bytes();
         let huge = match kind {
             Kind::Hugetlb => Some(HugePages::reserve(pages)?),
             _ => None,
         };
+        Some(Self { _huge: huge, ..Self::reserved(kind, pages) })
+    }
+
+    /// The same, where somebody else sees to huge pages, and takes them away afterwards.
+    pub(crate) fn reserved(kind: Kind, pages: u64) -> Self {
+        let len = pages * kind.page().bytes();
         let (mapping, file) = match kind {
             Kind::Anonymous | Kind::Thp => {
                 let mapping = Mapping::anonymous(len).unwrap();
@@ -75,7 +80,7 @@ impl Memory {
             }
             Kind::PrivateFile => (private_file(len), None),
         };
-        Some(Self { mapping: Arc::new(mapping), file, kind, _huge: huge })
+        Self { mapping: Arc::new(mapping), file, kind, _huge: None }
     }
 
     pub(crate) fn tracked(&self) -> Tracked {

@@ -12,7 +12,7 @@ use std::{
 
 use pageferry_dirty::{AlreadyStopped, DirtyError, Freeze, Tracked, Tracker, WpAsync, WpBlocking};
 use pageferry_memory::{HostAddress, HostRange, PageSize};
-use pageferry_testing::{PATIENCE, child};
+use pageferry_testing::{HugePages, PATIENCE, child};
 use pageferry_uffd::{Features, OpenWay, Options, Userfaultfd};
 use rustix::{
     mm::{MapFlags, MremapFlags, ProtFlags},
@@ -34,9 +34,7 @@ pub(crate) fn serve() {
         println!("{MARK}{text}");
         std::io::stdout().flush().unwrap();
     };
-    let Some(memory) = Memory::new(Kind::from_name(kind), pages.parse().unwrap()) else {
-        return say("nothing");
-    };
+    let memory = Memory::reserved(Kind::from_name(kind), pages.parse().unwrap());
     let range = memory.mapping.range();
     say(&format!("{} {}", range.start().get(), range.len()));
 
@@ -133,11 +131,17 @@ pub(crate) struct Remote {
     input: ChildStdin,
     output: BufReader<ChildStdout>,
     pub(crate) tracked: Tracked,
+    _huge: Option<HugePages>,
 }
 
 impl Remote {
     /// `None`, having said so, when the host lacks what it takes.
     pub(crate) fn new(kind: Kind, pages: u64) -> Option<Self> {
+        // By this process: the other one is killed in the end, and could take nothing away.
+        let huge = match kind {
+            Kind::Hugetlb => Some(HugePages::reserve(pages)?),
+            _ => None,
+        };
         // Here, so that it ends with this process; and so that those who count see it.
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["child", "--exact", "--nocapture", "--test-threads=1"])
@@ -150,19 +154,16 @@ impl Remote {
         let output = BufReader::new(child.stdout.take().unwrap());
         let nothing = HostRange::new(HostAddress::new(0), 0);
         let tracked = Tracked { range: nothing, page: kind.page() };
-        let mut remote = Self { child, input, output, tracked };
-        let Some((start, len)) = remote.line() else {
-            println!("skipped: needs memory of kind {kind:?} in another process");
-            return None;
-        };
+        let mut remote = Self { child, input, output, tracked, _huge: huge };
+        let (start, len) = remote.line();
         remote.tracked.range = HostRange::new(HostAddress::new(start), len);
         Some(remote)
     }
 
-    fn line(&mut self) -> Option<(u64, u64)> {
+    fn line(&mut self) -> (u64, u64) {
         let text = self.text();
         let (first, second) = text.split_once(' ').unwrap_or((&text, "0"));
-        Some((first.parse().ok()?, second.parse().ok()?))
+        (first.parse().unwrap(), second.parse().unwrap())
     }
 
     fn text(&mut self) -> String {
